@@ -1,0 +1,116 @@
+"""What the phases of one run share: its roles, its records, and the two things that every phase does with them:
+evaluate, and write a checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from actors.checkpoint import Checkpoints, RunState
+from actors.episodes import Episodes
+from actors.evaluator import evaluate
+from actors.models import EncoderFactory
+from actors.ports import Objective, Sampling
+from actors.progress import Progress
+from actors.roles import Roles
+from actors.totals import Totals
+from actors.trackers import Trackers
+from rlsys.config import Config
+from rlsys.data.prompts import PromptRenderer
+from rlsys.evaluation.accuracy import EvaluationResult
+from rlsys.pipeline.buffer import TrajectoryBuffer
+from rlsys.pipeline.waits import WaitClock
+from rlsys.report.records import Phase, RunDirectory
+from rlsys.tasks.loading import TaskData
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before anything is started: data that fit the models, and where the models are."""
+
+    task: TaskData
+    renderer: PromptRenderer
+    model_dir: Path
+    encoder: EncoderFactory
+    pad_token_id: int
+
+
+@dataclass
+class Session:
+    """A run whose roles are up."""
+
+    config: Config
+    directory: RunDirectory
+    prepared: Prepared
+    progress: Progress
+    clock: WaitClock
+    roles: Roles
+    episodes: Episodes
+    trackers: Trackers
+    checkpoints: Checkpoints
+    totals: Totals = field(default_factory=Totals)
+    evaluations: dict[str, EvaluationResult] = field(default_factory=dict[str, EvaluationResult])
+
+    buffer: TrajectoryBuffer | None = None
+    """Of the GRPO phase, once it has begun."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of the whole run so far, earlier sittings included."""
+        return self.totals.wall_seconds + time.monotonic() - self.started
+
+    def objective(self, phase: Phase) -> Objective:
+        """What the learner's optimizer is for in a phase."""
+        if phase is Phase.SFT:
+            assert self.config.sft is not None, "there is a warm start"
+            return Objective(None, self.config.sft.learning_rate, self.config.sft.warmup_steps, temperature=1.0)
+        grpo = self.config.grpo
+        return Objective(grpo.loss, grpo.learning_rate, grpo.warmup_steps, self.config.rollout.temperature)
+
+    def sampling(self, completions: int) -> Sampling:
+        """Training rollouts."""
+        return Sampling(completions, self.config.rollout.temperature, self.config.rollout.max_new_tokens)
+
+    async def evaluate(self, name: str) -> None:
+        """Let the engines take the learner's weights and evaluate them; the result is kept under `name`."""
+        await self.roles.pool.load(await self.roles.learner.publish())
+        config = self.config.evaluation
+        problems = self.prepared.task.splits["test"][: config.problems]
+        self.progress.begin(f"Evaluating {name.replace('_', ' ')}: {len(problems)} held-out problems")
+        done = 0
+
+        def advance(number: int) -> None:
+            nonlocal done
+            done += number
+            self.progress.step("problem", done, len(problems), {})
+
+        result = await evaluate(
+            self.episodes,
+            problems,
+            samples=config.samples,
+            temperature=self.config.rollout.temperature,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            floor=self.prepared.task.floor(problems),
+            progress=advance,
+        )
+        self.evaluations[name] = result
+        low, high = result.interval
+        self.progress.say(
+            f"  accuracy {result.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+            f"greedy {result.greedy_accuracy:.3f}, text-only floor {result.floor:.3f}"
+        )
+
+    async def save(self, phase: Phase, cursor_position: int, buffer: TrajectoryBuffer | None) -> None:
+        """Write a checkpoint. Everything but the learner's state is taken at this very moment, before any wait."""
+        state = RunState(
+            phase=phase,
+            version=self.roles.learner.version,
+            cursor_position=cursor_position,
+            buffer=buffer.snapshot() if buffer is not None else None,
+            evaluations={name: result.to_dict() for name, result in self.evaluations.items()},
+            totals={**self.totals.to_dict(), "wall_seconds": self.wall_seconds},
+        )
+        await self.checkpoints.save(state, self.roles.learner.save)

@@ -1,0 +1,1 @@
+"""What the learner computes from log-probabilities and rewards: advantages, losses, ratios."""

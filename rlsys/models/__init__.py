@@ -1,0 +1,1 @@
+"""The policy, the encoders, and what runs them."""

@@ -1,0 +1,1 @@
+"""The asynchronous core: which group may start, which is trained next, and where every token went."""

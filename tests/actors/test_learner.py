@@ -1,0 +1,180 @@
+"""The learner on real DeepSpeed: the same steps whatever the ranks, the ZeRO stage and the packing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.cluster import Cluster, Resources
+from actors.learner import LearnerGroup
+from actors.learner_rank import LearnerOptions, LearnerRank
+from actors.ports import Features, Objective
+from rlsys.config import ClusterConfig, DppoLoss, LearnerConfig, LoraConfig, TinyPolicy
+from rlsys.models.policy import load_policy, new_policy, save_policy
+from rlsys.models.tiny import make_tiny_policy
+from rlsys.models.weights import read_weights
+from rlsys.types import DnaSlot, Prompt, TrainSample
+
+WIDTH = 16
+GRPO = Objective(DppoLoss(kind="dppo"), learning_rate=1e-3, warmup_steps=2, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    shape = TinyPolicy(kind="tiny", hidden_size=64, layers=2, attention_heads=2)
+    model, tokenizer = new_policy(make_tiny_policy(folder / "text", shape), encoder_width=WIDTH)
+    save_policy(folder / "policy", model, tokenizer)
+    return folder / "policy"
+
+
+def batch() -> tuple[list[TrainSample], Features]:
+    """Twelve samples of uneven lengths in three groups, with one slot each."""
+    rng = np.random.default_rng(0)
+    features = {f"key-{group}": rng.normal(size=(3, WIDTH)).astype(np.float32) for group in range(3)}
+    samples: list[TrainSample] = []
+    for number in range(12):
+        length = int(rng.integers(3, 20))
+        group = number % 3
+        prompt = Prompt(f"problem-{group}", (1, 3, 3, 3, 3, 3, 7, 8), (DnaSlot(1, 5, f"key-{group}"),))
+        samples.append(
+            TrainSample(
+                group=group,
+                prompt=prompt,
+                continuation_ids_T=rng.integers(5, 50, size=length),
+                behavior_logprobs_T=rng.normal(-4, 0.1, size=length).astype(np.float32),
+                versions_T=np.zeros(length, np.int64),
+                loss_mask_T=np.ones(length, np.float32),
+                advantage=float(rng.normal()),
+            )
+        )
+    return samples, features
+
+
+class Bench:
+    """Starts learners on one cluster and drives them; every rank is ended after its test."""
+
+    def __init__(self, policy: Path) -> None:
+        self._policy = policy
+        self._runner = asyncio.Runner()
+        self._cluster = Cluster(ClusterConfig(dashboard=False), 2, 0, None)
+        self._runner.run(self._cluster.__aenter__())
+
+    def close(self) -> None:
+        self._runner.run(self._cluster.__aexit__(None, None, None))
+        self._runner.close()
+
+    def drive(
+        self,
+        folder: Path,
+        script: Callable[[LearnerGroup], Awaitable[Result]],
+        lora: LoraConfig | None = None,
+        **config: int,
+    ) -> Result:
+        """Start a learner and run `script` on it."""
+        settings = LearnerConfig.model_validate({"cpus": 0.5, "rows_per_micro_batch": 2, **config})
+        options = LearnerOptions(str(self._policy), settings, lora, seed=0, weights_dir=str(folder))
+
+        async def go() -> Result:
+            ranks = await asyncio.gather(
+                *(
+                    self._cluster.place(
+                        f"learner {rank} {folder}", LearnerRank, options, rank, resources=Resources(0.5, 0)
+                    )
+                    for rank in range(settings.ranks)
+                )
+            )
+            try:
+                learner = LearnerGroup(ranks, settings, pad_token_id=0)
+                await learner.join()
+                return await script(learner)
+            finally:
+                for rank in ranks:
+                    self._cluster.kill(rank)
+
+        return self._runner.run(go())
+
+
+@pytest.fixture(scope="module")
+def bench(policy: Path) -> Iterator[Bench]:
+    made = Bench(policy)
+    yield made
+    made.close()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a script saw."""
+
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+async def step(learner: LearnerGroup, steps: int) -> list[float]:
+    samples, features = batch()
+    reports = [await learner.step(samples, [features]) for _ in range(steps)]
+    return [report.metrics["train/loss"] for report in reports]
+
+
+async def five_steps(learner: LearnerGroup) -> Result:
+    await learner.enter(GRPO)
+    return Result(await step(learner, 5), read_weights(await learner.publish()))
+
+
+@pytest.fixture(scope="module")
+def one_rank(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """Five steps of one rank, and the folder of what it saved after the third."""
+    folder = tmp_path_factory.mktemp("one_rank")
+
+    async def script(learner: LearnerGroup) -> Result:
+        await learner.enter(GRPO)
+        losses = await step(learner, 3)
+        await learner.save(folder)
+        return Result(losses + await step(learner, 2), read_weights(await learner.publish()))
+
+    return bench.drive(folder, script, row_tokens=64), folder
+
+
+def test_ranks_zero_stage_and_packing_do_not_change_the_steps(
+    bench: Bench, tmp_path: Path, one_rank: tuple[Result, Path]
+) -> None:
+    found = bench.drive(tmp_path, five_steps, row_tokens=100, ranks=2, zero_stage=3)
+    assert found.losses == pytest.approx(one_rank[0].losses, abs=1e-6)
+    # AdamW divides by the root of tiny second moments: a rounding error in a gradient can become a part of the step.
+    assert _largest_difference(found.weights, one_rank[0].weights) < 1e-4
+
+
+def test_a_restored_learner_goes_on_bit_for_bit(bench: Bench, one_rank: tuple[Result, Path], tmp_path: Path) -> None:
+    async def script(learner: LearnerGroup) -> Result:
+        await learner.restore(one_rank[1], GRPO, 3)
+        return Result(await step(learner, 2), read_weights(await learner.publish()))
+
+    found = bench.drive(tmp_path, script, row_tokens=64)
+    assert found.losses == one_rank[0].losses[3:]
+    assert _largest_difference(found.weights, one_rank[0].weights) == 0.0
+
+
+def test_lora_trains_adapters_and_projector_and_publishes_them_merged(
+    bench: Bench, policy: Path, tmp_path: Path
+) -> None:
+    before = dict(load_policy(policy).state_dict())
+    after = bench.drive(tmp_path, five_steps, lora=LoraConfig(rank=4), row_tokens=64).weights
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any("q_proj" in name for name in changed)
+    assert any("projector" in name for name in changed)
+    assert not any("norm" in name or "embed_tokens" in name for name in changed), "only linear layers have adapters"
+
+
+def test_the_batch_of_the_tests_teaches_something(one_rank: tuple[Result, Path]) -> None:
+    assert one_rank[0].losses[0] != one_rank[0].losses[2]
+
+
+def _largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert set(a) == set(b)
+    return max(float((a[name] - b[name]).abs().max()) for name in a)

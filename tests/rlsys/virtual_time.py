@@ -1,0 +1,55 @@
+"""An asyncio event loop whose clock jumps to the next timer: hours of waiting take milliseconds, a deadlock is seen.
+
+Where no task can run and no timer is set, a real loop would sleep for ever; this one raises `Deadlock`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Deadlock(AssertionError):  # noqa: N818
+    """All tasks wait, and nothing will wake them."""
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise Deadlock("every task waits and no timer is set")
+        self.now += max(timeout, 0.0)
+        return []
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """`loop.time()` starts at 0 and moves only when nothing else is left to do."""
+
+    def __init__(self) -> None:
+        self._jumping = _JumpingSelector()
+        super().__init__(self._jumping)
+
+    def time(self) -> float:
+        return self._jumping.now
+
+
+def run_virtual(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` to its end under virtual time; tasks that it leaves behind are cancelled."""
+    loop = VirtualTimeLoop()
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left))
+            for task in left:
+                if not task.cancelled():
+                    task.exception()
+        loop.close()
