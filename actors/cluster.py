@@ -26,13 +26,12 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray would otherwise warn, on every start without GPUs, about a change of its own in a later version.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray's clusters ask for the token in ~/.ray/auth_token (or RAY_AUTH_TOKEN); without this a joining driver sends none.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
 # The driver never computes with DeepSpeed, which peft imports there: without this it would look for accelerators.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import psutil
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.metrics import Gauge
 
@@ -179,6 +178,9 @@ class Cluster:
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": f"rlsys-{os.getpid()}"}
         if self._address is not None:
             _check_answers(self._address)
+            # A cluster asks for the user's token if it was started where there was one; Ray itself sends it only to
+            # clusters that it finds, not to one named by its address.
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             try:
                 context: Any = ray.init(address=self._address, **common)
             except ConnectionError as error:
