@@ -1,7 +1,7 @@
 """Checkpoints of a run: one directory each, complete or absent.
 
     checkpoints/grpo-000025/
-        state.pkl       phase, version, cursor, buffer (finished groups, problems in flight, ledger), evaluations
+        state.pkl       phase, version, source of problems, buffer (finished groups, problems in flight, ledger), results
         deepspeed/      optimizer, weights and random state of every learner rank
         complete.json   written last: phase, version, the checksum of state.pkl, and the size of every file
 
@@ -36,10 +36,13 @@ class RunState:
     phase: Phase
     version: int
     """The learner's policy version in this phase."""
-    cursor_position: int
     buffer: BufferSnapshot | None
-    """None in the SFT phase."""
+    """None before the first GRPO step."""
+    source: Mapping[str, Any] | None
+    """State of the source of GRPO's problems; None before the first GRPO step."""
     evaluations: Mapping[str, Mapping[str, Any]]
+    alarms: Mapping[str, list[int]]
+    """Steps at which each alarm rang."""
     totals: Mapping[str, float]
     """Running totals of the summary: seconds, tokens, staleness sums."""
 

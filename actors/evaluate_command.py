@@ -43,7 +43,7 @@ async def evaluate_command(arguments: argparse.Namespace) -> int:
                 pool = await placement.rollout_pool(clock)
                 try:
                     problems = prepared.task.splits["test"][: config.evaluation.problems]
-                    result = await evaluate(
+                    evaluated = await evaluate(
                         Episodes(prepared.renderer, embedders, pool),
                         problems,
                         samples=config.evaluation.samples,
@@ -54,5 +54,5 @@ async def evaluate_command(arguments: argparse.Namespace) -> int:
                     )
                 finally:
                     await pool.stop()
-    progress.say(render_evaluation(result))
+    progress.say(render_evaluation(evaluated.result))
     return 0

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from actors.ports import FeaturesRef, Objective, StepReport
-from rlsys.algorithms.ratios import RatioSums, ratio_metrics
+from rlsys.algorithms.ratios import ratio_metrics
 from rlsys.config import LearnerConfig
-from rlsys.data.packing import MicroBatch, pack
+from rlsys.data.packing import MicroBatch, pack, separate_tokens
 from rlsys.errors import RlsysError, RoleError
 from rlsys.types import TrainSample
 
 if TYPE_CHECKING:
-    from actors.learner_rank import StepSums
+    from actors.learner_rank import PartSums, StepEnd
     from rlsys.models.weights import WeightFile
 
 
@@ -29,9 +34,13 @@ class Rank(Protocol):
     async def address(self) -> tuple[str, int]: ...
     async def join(self, host: str, port: int) -> None: ...
     async def enter(self, objective: Objective) -> None: ...
-    async def step(
-        self, micro_batches: Sequence[MicroBatch], total_tokens: int, *features: FeaturesRef
-    ) -> StepSums: ...
+    async def step_log_ratios(
+        self, micro_batches: Sequence[MicroBatch], *features: FeaturesRef
+    ) -> NDArray[np.float64]: ...
+    async def accumulate(
+        self, micro_batches: Sequence[MicroBatch], threshold: float | None, *features: FeaturesRef
+    ) -> PartSums: ...
+    async def step(self) -> StepEnd: ...
     async def publish(self) -> WeightFile | None: ...
     async def save_policy(self, directory: str) -> None: ...
     async def save(self, directory: str) -> None: ...
@@ -45,8 +54,8 @@ class LearnerGroup:
         self._ranks = ranks
         self._config = config
         self._pad_token_id = pad_token_id
-        self._version = 0
         self._collective = asyncio.Lock()
+        self._begin(Objective(None, 0.0, 0, 1.0), version=0)
 
     @property
     def version(self) -> int:
@@ -61,42 +70,47 @@ class LearnerGroup:
     async def enter(self, objective: Objective) -> None:
         """Begin a phase with a fresh optimizer."""
         await self._on_all(lambda rank: rank.enter(objective))
-        self._version = 0
+        self._begin(objective, version=0)
 
-    async def step(self, samples: Sequence[TrainSample], features: Sequence[FeaturesRef]) -> StepReport:
-        """One optimizer step on the samples of a whole batch."""
+    def _begin(self, objective: Objective, version: int) -> None:
+        self._objective = objective
+        self._version = version
+        self._parts: list[_Part] = []
+
+    async def accumulate(self, samples: Sequence[TrainSample], features: Sequence[FeaturesRef]) -> None:
+        """Add the gradients of samples, on all ranks, to the next step's."""
         plan = pack(
             samples,
-            row_tokens=self._config.row_tokens,
-            rows_per_micro_batch=self._config.rows_per_micro_batch,
+            micro_batch_tokens=self._config.micro_batch_tokens,
             num_ranks=self._config.ranks,
             pad_token_id=self._pad_token_id,
         )
-        tokens = sum(batch.num_loss_tokens for batches in plan for batch in batches)
-        numbered = dict(zip(map(id, self._ranks), plan, strict=True))
-        sums = await self._on_all(lambda rank: rank.step(numbered[id(rank)], tokens, *features))
+        mine = dict(zip(map(id, self._ranks), plan, strict=True))
+        threshold = await self._threshold(mine, features)
+        sums = await self._on_all(lambda rank: rank.accumulate(mine[id(rank)], threshold, *features))
+        self._parts.append(_Part(sums, separate_tokens(samples), sum(one.num_tokens for line in plan for one in line)))
+
+    async def _threshold(
+        self, plan: Mapping[int, Sequence[MicroBatch]], features: Sequence[FeaturesRef]
+    ) -> float | None:
+        """What a loss that masks by the whole step's ratios needs: a forward pass on all ranks before the first."""
+        policy = self._objective.policy
+        if policy is None or not policy.needs_step_threshold:
+            return None
+        ratios = await self._on_all(lambda rank: rank.step_log_ratios(plan[id(rank)], *features))
+        return policy.step_threshold(torch.from_numpy(np.concatenate(ratios)))
+
+    async def step(self) -> StepReport:
+        """One optimizer step with the gradients that were accumulated."""
+        ends = await self._on_all(lambda rank: rank.step())
+        parts, self._parts = self._parts, []
         self._version += 1
         return StepReport(
             version=self._version,
-            tokens=tokens,
-            seconds=max(one.seconds for one in sums),
-            metrics=self._metrics(sums, plan),
+            tokens=sum(one.tokens for part in parts for one in part.sums),
+            seconds=sum(max(one.seconds for one in part.sums) for part in parts) + max(end.seconds for end in ends),
+            metrics=_metrics(parts, ends[0]),
         )
-
-    def _metrics(self, sums: Sequence[StepSums], plan: Sequence[Sequence[MicroBatch]]) -> Mapping[str, float]:
-        tokens = max(1, sum(one.tokens for one in sums))
-        all_tokens = sum((one.all_tokens for one in sums), RatioSums.zero())
-        same_version = sum((one.same_version for one in sums), RatioSums.zero())
-        packed = sum(batch.num_tokens for batches in plan for batch in batches)
-        room = sum(batch.input_ids_BT.size for batches in plan for batch in batches)
-        return {
-            "train/loss": sum(one.loss for one in sums) / tokens,
-            "train/entropy": sum(one.entropy for one in sums) / tokens,
-            "train/gradient_norm": sums[0].gradient_norm,
-            "train/learning_rate": sums[0].learning_rate,
-            "train/packing_efficiency": packed / room,
-            **ratio_metrics(all_tokens, same_version),
-        }
 
     async def publish(self) -> WeightFile:
         """Write the current weights where the workers load them."""
@@ -111,7 +125,7 @@ class LearnerGroup:
     async def restore(self, directory: Path, objective: Objective, version: int) -> None:
         """Go on exactly where `save` was called, at `version` of `objective`."""
         await self._on_all(lambda rank: rank.restore(str(directory), objective))
-        self._version = version
+        self._begin(objective, version)
 
     async def save_policy(self, directory: Path) -> None:
         """Write the policy as a Hugging Face directory."""
@@ -126,3 +140,30 @@ class LearnerGroup:
         for error in [*users, *errors]:
             raise error
         return results
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the ranks added to a step at once."""
+
+    sums: Sequence[PartSums]
+    separate_tokens: int
+    """Tokens of the samples, each with a prompt of its own."""
+    run_tokens: int
+    """Tokens that the model ran: the prompt of a group once."""
+
+
+def _metrics(parts: Sequence[_Part], end: StepEnd) -> Mapping[str, float]:
+    from actors.learner_rank import add_parts  # torch, which the driver loads only where there is a learner
+
+    sums = add_parts([one for part in parts for one in part.sums], seconds=0.0)
+    tokens = max(1, sums.tokens)
+    return {
+        "train/loss": sums.loss,
+        "train/entropy": sums.entropy / tokens,
+        "train/gradient_norm": end.gradient_norm,
+        "train/learning_rate": end.learning_rate,
+        "train/prompt_sharing": sum(part.separate_tokens for part in parts) / sum(part.run_tokens for part in parts),
+        **({"train/reference_kl": sums.kl / tokens} if sums.kl is not None else {}),
+        **ratio_metrics(sums.ratios),
+    }

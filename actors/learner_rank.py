@@ -3,9 +3,9 @@
 It knows packed tokens, advantages and behavior log-probabilities; nothing of problems or rewards. Every public method
 is collective: `actors.learner.LearnerGroup`, the only caller, calls it on all ranks in the same order.
 
-Normalisation: the loss of a step is the sum over all its tokens on all ranks, divided by their number N. DeepSpeed
-averages gradients over the W ranks, so that each micro-batch contributes `sum * W / N` and neither packing nor
-micro-batching nor the number of ranks changes the step.
+Normalisation: every token carries its weight in the loss of the step, which is the plain sum over all tokens on all
+ranks. DeepSpeed averages gradients over the W ranks, so that each micro-batch contributes `W * sum`, and neither
+packing nor micro-batching nor the number of ranks changes the step, nor whether it comes whole or in parts.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.ports import Features, Objective
-from rlsys.algorithms.losses import TokenLoss, dppo_tv, ppo_clip, reinforce
-from rlsys.algorithms.ratios import RatioSums, ratio_sums, same_version_mask
+from rlsys.algorithms.ratios import SumsByStaleness, add_sums, ratio_sums
 from rlsys.algorithms.sft import nll
-from rlsys.config import DppoLoss, LearnerConfig, LoraConfig, Loss, PpoClipLoss, ReinforceLoss
+from rlsys.algorithms.tokens import PolicyTokens
+from rlsys.config import LearnerConfig, LoraConfig
 from rlsys.data.packing import MicroBatch
 from rlsys.errors import CheckpointError
 from rlsys.models.lora import LoraOptions, apply_lora, merged_state_dict
-from rlsys.models.packing_check import check_packing
+from rlsys.models.packed_attention import PACKED
+from rlsys.models.packing_check import check_packing, packed_arguments
 from rlsys.models.policy import load_policy, load_tokenizer, save_policy
+from rlsys.models.reference import ReferencePolicy
 from rlsys.models.weights import WeightFile, write_weights
 
 if TYPE_CHECKING:
@@ -51,40 +53,30 @@ class LearnerOptions:
     """Where `publish` writes; read by the rollout workers of this host."""
 
 
+REFERENCE_FILE = "reference.pt"
+
+
 @dataclass(frozen=True)
-class StepSums:
-    """What one rank adds to a step: sums, so that ranks can be added exactly."""
+class PartSums:
+    """What one rank adds to a step with some micro-batches: sums, so that ranks and parts can be added exactly."""
 
     loss: float
     entropy: float
+    kl: float | None
+    """Of the current to the reference policy; None without a KL penalty."""
     tokens: int
-    all_tokens: RatioSums
-    same_version: RatioSums
-    """Only tokens that were sampled by the version that the learner held: their mismatch is numerics, not staleness."""
-    gradient_norm: float
-    learning_rate: float
+    ratios: SumsByStaleness
+    """For no tokens of a policy loss: empty."""
     seconds: float
 
 
-def policy_loss(loss: Loss | None, logprobs_N: Tensor, behavior_logprobs_N: Tensor, advantages_N: Tensor) -> TokenLoss:
-    """The configured loss of N tokens; None is the negative log-likelihood of demonstrations."""
-    mask_N = torch.ones_like(logprobs_N)
-    match loss:
-        case None:
-            return nll(logprobs_N, mask_N)
-        case DppoLoss():
-            return dppo_tv(logprobs_N, behavior_logprobs_N, advantages_N, mask_N, delta=loss.delta, tau=loss.tau)
-        case PpoClipLoss():
-            return ppo_clip(
-                logprobs_N,
-                behavior_logprobs_N,
-                advantages_N,
-                mask_N,
-                clip_low=loss.epsilon_low,
-                clip_high=loss.epsilon_high,
-            )
-        case ReinforceLoss():
-            return reinforce(logprobs_N, behavior_logprobs_N, advantages_N, mask_N)
+@dataclass(frozen=True)
+class StepEnd:
+    """What the optimizer did."""
+
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
 
 
 class LearnerRank:
@@ -94,6 +86,7 @@ class LearnerRank:
         self._options = options
         self._rank = rank
         self._objective: Objective | None = None
+        self._reference: ReferencePolicy | None = None
         self._version = 0
 
     def address(self) -> tuple[str, int]:
@@ -117,7 +110,7 @@ class LearnerRank:
         __compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if config.gpus else "gloo")
         self._tokenizer = load_tokenizer(self._options.model_dir)
-        module = load_policy(self._options.model_dir)
+        module = load_policy(self._options.model_dir, attn_implementation=PACKED)
         lora = self._options.lora
         if lora is not None:
             apply_lora(
@@ -134,7 +127,7 @@ class LearnerRank:
         import deepspeed
 
         config = self._options.config
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        trainable = _trainable(module)
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -154,73 +147,111 @@ class LearnerRank:
 
     def enter(self, objective: Objective) -> None:
         """Begin a phase: the optimizer forgets its moments, the version is 0, the weights stay."""
-        self._objective = objective
+        self._take(objective)
         self._version = 0
         self._engine.optimizer.optimizer.state.clear()
 
-    def step(self, micro_batches: Sequence[MicroBatch], total_tokens: int, *features: Features) -> StepSums:
-        """One optimizer step over all micro-batches; `total_tokens` is the number of loss tokens over all ranks."""
-        assert self._objective is not None, "enter an objective before the first step"
+    def _take(self, objective: Objective) -> None:
+        self._objective = objective
+        needed = objective.policy is not None and objective.policy.needs_reference
+        self._reference = ReferencePolicy(_trainable(self._module), self._gather_to_write) if needed else None
+
+    @torch.no_grad()
+    def step_log_ratios(self, micro_batches: Sequence[MicroBatch], *features: Features) -> NDArray[np.float64]:
+        """What a loss that looks at the whole step needs of these micro-batches (`PolicyObjective.step_log_ratios`)."""
+        policy = self._current_objective.policy
+        assert policy is not None, "demonstrations need no ratios"
+        by_key = _merge(features)
+        ratios = [policy.step_log_ratios(self._tokens(batch, self._forward(batch, by_key))) for batch in micro_batches]
+        return torch.cat(ratios).cpu().numpy()
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch], threshold: float | None, *features: Features) -> PartSums:
+        """Add the gradients of micro-batches to the next step's; `threshold` is for a loss that asked for one."""
         started = time.monotonic()
-        features_by_key = {key: value for bundle in features for key, value in bundle.items()}
+        by_key = _merge(features)
         self._engine.train()
-        sums = [self._micro_step(batch, total_tokens, features_by_key) for batch in micro_batches]
-        rate = self._objective.learning_rate * min(1.0, (self._version + 1) / max(1, self._objective.warmup_steps))
+        references = self._reference_logprobs(micro_batches, by_key)
+        sums = [
+            self._accumulate_one(batch, reference_N, threshold, by_key)
+            for batch, reference_N in zip(micro_batches, references, strict=True)
+        ]
+        return add_parts(sums, seconds=time.monotonic() - started)
+
+    def _reference_logprobs(self, micro_batches: Sequence[MicroBatch], by_key: Features) -> list[Tensor | None]:
+        if self._reference is None:
+            return [None] * len(micro_batches)
+        with self._reference.in_place(), torch.no_grad():
+            return [self._forward(batch, by_key).logprobs for batch in micro_batches]
+
+    def _accumulate_one(
+        self, batch: MicroBatch, reference_N: Tensor | None, threshold: float | None, by_key: Features
+    ) -> PartSums:
+        policy = self._current_objective.policy
+        output = self._forward(batch, by_key)
+        tokens = self._tokens(batch, output)
+        if policy is None:
+            token_loss = nll(tokens.logprobs, tokens.mask)
+        else:
+            entropies = output.entropies if policy.needs_entropies else None
+            token_loss = policy(tokens, reference_logprobs=reference_N, entropies=entropies, threshold=threshold)
+        total = (token_loss.loss * self._tensor(batch.weights_N)).sum()
+        self._engine.backward(total * self._options.config.ranks, scale_wrt_gas=False)
+        diagnostics = token_loss.diagnostics
+        return PartSums(
+            loss=float(total.detach()),
+            entropy=float(output.entropies.detach().sum()),
+            kl=float(diagnostics["kl"].sum()) if "kl" in diagnostics else None,
+            tokens=len(batch.loss_tokens_N),
+            ratios=ratio_sums(
+                tokens.logprobs,
+                tokens.behavior_logprobs,
+                tokens.mask,
+                self._version - self._tensor(batch.versions_N),
+                clipped=diagnostics["clipped"],
+                masked=diagnostics.get("masked"),
+            )
+            if policy is not None
+            else {},
+            seconds=0.0,
+        )
+
+    def _tokens(self, batch: MicroBatch, output: Any) -> PolicyTokens:
+        return PolicyTokens(
+            logprobs=output.logprobs,
+            behavior_logprobs=self._tensor(batch.behavior_logprobs_N),
+            advantages=self._tensor(batch.advantages_N),
+            mask=torch.ones_like(output.logprobs),
+            sequences=self._tensor(batch.sequences_N),
+        )
+
+    def step(self) -> StepEnd:
+        """One optimizer step with the gradients that were accumulated."""
+        started = time.monotonic()
+        objective = self._current_objective
+        rate = objective.learning_rate * min(1.0, (self._version + 1) / max(1, objective.warmup_steps))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
         self._version += 1
         norm = self._engine.get_global_grad_norm()
-        return StepSums(
-            loss=sum(one.loss for one in sums),
-            entropy=sum(one.entropy for one in sums),
-            tokens=sum(one.tokens for one in sums),
-            all_tokens=sum((one.all_tokens for one in sums), RatioSums.zero()),
-            same_version=sum((one.same_version for one in sums), RatioSums.zero()),
-            gradient_norm=float(norm) if norm is not None else 0.0,
-            learning_rate=rate,
-            seconds=time.monotonic() - started,
-        )
+        return StepEnd(float(norm) if norm is not None else 0.0, rate, time.monotonic() - started)
 
-    def _micro_step(self, batch: MicroBatch, total_tokens: int, features_by_key: Features) -> StepSums:
+    @property
+    def _current_objective(self) -> Objective:
         assert self._objective is not None, "enter an objective before the first step"
-        targets_N = np.flatnonzero(batch.loss_mask_BT)
-        output = self._forward(batch, targets_N, features_by_key)
-        behavior_N = self._tensor(batch.behavior_logprobs_BT.reshape(-1)[targets_N])
-        advantages_N = self._tensor(batch.advantages_BT.reshape(-1)[targets_N])
-        versions_N = self._tensor(batch.versions_BT.reshape(-1)[targets_N])
-        token_loss = policy_loss(self._objective.loss, output.logprobs, behavior_N, advantages_N)
-        total = token_loss.loss.sum()
-        self._engine.backward(total * (self._options.config.ranks / max(1, total_tokens)), scale_wrt_gas=False)
-        logprobs_N = output.logprobs.detach()
-        mask_N = torch.ones_like(logprobs_N)
-        is_rl = self._objective.loss is not None
-        same_N = same_version_mask(mask_N, versions_N, self._version)
-        return StepSums(
-            loss=float(total.detach()),
-            entropy=float(output.entropies.sum()),
-            tokens=len(targets_N),
-            all_tokens=ratio_sums(logprobs_N, behavior_N, mask_N, token_loss.diagnostics.get("clipped"))
-            if is_rl
-            else RatioSums.zero(),
-            same_version=ratio_sums(logprobs_N, behavior_N, same_N) if is_rl else RatioSums.zero(),
-            gradient_norm=0.0,
-            learning_rate=0.0,
-            seconds=0.0,
-        )
+        return self._objective
 
-    def _forward(self, batch: MicroBatch, targets_N: NDArray[np.int64], features_by_key: Features) -> Any:
-        """Log-probabilities and entropies of the loss tokens; token t is predicted at t - 1 of its row."""
-        assert self._objective is not None, "enter an objective before the first step"
-        slots = [(slot.row, slot.start, slot.length) for slot in batch.slots]
+    def _forward(self, batch: MicroBatch, by_key: Features) -> Any:
+        """Log-probabilities and entropies of the loss tokens."""
+        objective = self._current_objective
+        arguments = packed_arguments(batch, self._device)
         return self._engine(
-            self._tensor(batch.input_ids_BT),
-            self._tensor(batch.position_ids_BT),
-            features=[self._tensor(features_by_key[slot.key]) for slot in batch.slots],
-            slots=torch.tensor(slots, dtype=torch.long, device=self._device).reshape(-1, 3),
-            predictor_positions=self._tensor(targets_N - 1),
-            target_ids=self._tensor(batch.input_ids_BT.reshape(-1)[targets_N]),
-            temperature=self._objective.temperature,
+            arguments.pop("input_ids"),
+            arguments.pop("position_ids"),
+            features=[self._tensor(by_key[slot.key]) for slot in batch.slots],
+            temperature=objective.temperature,
+            entropy_gradient=objective.policy is not None and objective.policy.needs_entropies,
+            **arguments,
         )
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
@@ -249,11 +280,16 @@ class LearnerRank:
         """Write optimizer, weights and random state below `directory`."""
         state = {"version": self._version, "torch_rng": torch.get_rng_state()}
         self._engine.save_checkpoint(directory, tag="deepspeed", client_state=state, save_latest=False)
+        if self._reference is not None and self._rank == 0:
+            self._reference.save(Path(directory) / REFERENCE_FILE)
 
     def restore(self, directory: str, objective: Objective) -> None:
         """Go on where `save` was called. Raises CheckpointError when the state is damaged or of another shape."""
         try:
             found, state = self._engine.load_checkpoint(directory, tag="deepspeed")
+            self._take(objective)
+            if self._reference is not None:
+                self._reference.load(Path(directory) / REFERENCE_FILE)
         except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{directory}: the learner's state cannot be loaded ({error}); "
@@ -261,7 +297,6 @@ class LearnerRank:
             ) from error
         if found is None:
             raise CheckpointError(f"{directory}: holds no learner state; remove it to go on from the checkpoint before")
-        self._objective = objective
         self._version = int(state["version"])
         torch.set_rng_state(state["torch_rng"])
 
@@ -269,6 +304,32 @@ class LearnerRank:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+
+    def _gather_to_write(self, parameters: Sequence[torch.nn.Parameter]) -> Any:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+
+
+def add_parts(parts: Sequence[PartSums], *, seconds: float) -> PartSums:
+    """The sums over all parts, which took `seconds` together."""
+    kls = [part.kl for part in parts if part.kl is not None]
+    return PartSums(
+        loss=sum(part.loss for part in parts),
+        entropy=sum(part.entropy for part in parts),
+        kl=sum(kls) if kls else None,
+        tokens=sum(part.tokens for part in parts),
+        ratios=add_sums(part.ratios for part in parts),
+        seconds=seconds,
+    )
+
+
+def _trainable(module: DnaLlm) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _merge(features: Sequence[Features]) -> Features:
+    return {key: value for bundle in features for key, value in bundle.items()}
 
 
 def _exhaust(tensors: Iterator[tuple[str, Tensor]]) -> Mapping[str, None]:

@@ -5,7 +5,8 @@
     generated = await worker.generate(prompt, sampling, features)        # G completions
     scores = await scorer.score(problem, texts)                          # G scores
     buffer.put(group) ... groups = await buffer.take_batch()
-    report = await learner.step(batch, features)                         # version v -> v + 1
+    await learner.accumulate(samples, features)                          # gradients of a step, whole or in parts
+    report = await learner.step()                                        # version v -> v + 1
     weights = await learner.publish()                                    # a file, a version, a checksum
     await worker.load(weights); buffer.release(...)                      # on every worker, then the slots are free
 
@@ -23,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsys.config import Loss
 from rlsys.types import Completion, Problem, Prompt, Score, TrainSample
 
 if TYPE_CHECKING:
+    from rlsys.algorithms.objective import PolicyObjective
     from rlsys.models.vllm_plugin.options import EngineStats
     from rlsys.models.weights import WeightFile
 
@@ -61,8 +62,8 @@ class Sampling:
 class Objective:
     """What the learner's optimizer is for: entering one makes a fresh optimizer and counts versions from 0."""
 
-    loss: Loss | None
-    """The policy loss; None is the negative log-likelihood of demonstrations (SFT)."""
+    policy: PolicyObjective | None
+    """Policy loss, correction and regularisers; None is the negative log-likelihood of demonstrations (SFT)."""
     learning_rate: float
     warmup_steps: int
     temperature: float
@@ -130,8 +131,12 @@ class Learner(Protocol):
         """Begin with a fresh optimizer; the weights stay, the version is 0."""
         ...
 
-    async def step(self, samples: Sequence[TrainSample], features: Sequence[FeaturesRef]) -> StepReport:
-        """One optimizer step on samples of a whole batch; `features` hold every key that the samples name."""
+    async def accumulate(self, samples: Sequence[TrainSample], features: Sequence[FeaturesRef]) -> None:
+        """Add the gradients of samples to the next step's; `features` hold every key that the samples name."""
+        ...
+
+    async def step(self) -> StepReport:
+        """One optimizer step with the gradients that were accumulated."""
         ...
 
     async def publish(self) -> WeightFile:

@@ -28,6 +28,7 @@ class _Member:
         self.worker = worker
         self.prompts = 0
         self.is_loading = False
+        self.is_held = False
         self.doing: Cause | str | None = None
         self.interval = ExitStack()
 
@@ -39,6 +40,8 @@ class RolloutPool:
         self._members = [_Member(worker) for worker in workers]
         self._clock = clock
         self._preparing = 0
+        self._may_load = asyncio.Event()
+        self._may_load.set()
         self._note()
 
     async def generate(self, prompt: Prompt, sampling: Sampling, features: FeaturesRef) -> tuple[Completion, ...]:
@@ -63,8 +66,23 @@ class RolloutPool:
             self._preparing -= 1
             self._note()
 
+    @contextmanager
+    def holding_loads(self) -> Generator[None]:
+        """Around an evaluation: no worker changes its version inside. Loads wait for the end of it."""
+        assert self._may_load.is_set(), "one evaluation at a time"
+        self._may_load.clear()
+        try:
+            yield
+        finally:
+            self._may_load.set()
+
     async def load(self, weights: WeightFile) -> float:
-        """Make the weights live on every worker; returns the seconds of the slowest."""
+        """Make the weights live on every worker; returns the slowest's seconds, those of a held load left out."""
+        self._hold(not self._may_load.is_set())
+        try:
+            await self._may_load.wait()
+        finally:
+            self._hold(False)
         return max(await asyncio.gather(*(self._load(member, weights) for member in self._members)))
 
     async def _load(self, member: _Member, weights: WeightFile) -> float:
@@ -75,6 +93,11 @@ class RolloutPool:
         finally:
             member.is_loading = False
             self._note()
+
+    def _hold(self, is_held: bool) -> None:
+        for member in self._members:
+            member.is_held = is_held
+        self._note()
 
     async def stats(self) -> list[EngineStats]:
         """The counters of each engine."""
@@ -91,6 +114,8 @@ class RolloutPool:
                 doing: Cause | str = Cause.WEIGHT_LOAD
             elif member.prompts:
                 doing = "busy"
+            elif member.is_held:
+                doing = Cause.EVALUATION
             else:
                 doing = Cause.EMBED_WAIT if self._preparing else Cause.STALENESS_GATE
             if doing == member.doing:

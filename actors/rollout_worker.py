@@ -32,11 +32,11 @@ class RolloutWorker:
 
     def __init__(self, options: EngineOptions) -> None:
         """Reads the tokenizer of `options.model_dir`; the engine itself comes with `start`."""
-        from rlsys.models.policy import load_tokenizer
+        from rlsys.models.policy import load_tokenizer, stop_token_ids
 
         self._options = options
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(options.model_dir)
-        self._stop_ids = (int(self._tokenizer.eos_token_id),)  # pyright: ignore[reportArgumentType]
+        self._stop_ids = stop_token_ids(options.model_dir, self._tokenizer)
         self._request_numbers = itertools.count()
 
     async def start(self) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 from actors.checkpoint import Checkpoints, RunState
 from actors.cluster import Cluster
 from actors.episodes import Episodes
+from actors.grpo_phase import run_grpo
 from actors.models import encoder_factory, policy_directory, quieten_libraries
-from actors.phases import run_grpo, run_sft
 from actors.progress import Progress
 from actors.roles import Placement, demands
 from actors.session import Prepared, Session
+from actors.sft_phase import run_sft
 from actors.summarise import summarise
 from actors.totals import Totals
 from actors.trackers import Trackers
@@ -28,19 +29,19 @@ from rlsys.data.prompts import PromptRenderer
 from rlsys.errors import ConfigError
 from rlsys.evaluation.accuracy import EvaluationResult
 from rlsys.pipeline.buffer import TrajectoryBuffer
-from rlsys.pipeline.staleness import StrictStaleness
+from rlsys.pipeline.staleness import make_policy
 from rlsys.pipeline.waits import Role, WaitClock
 from rlsys.report.records import Phase, RunDirectory
 from rlsys.report.summary import RunStatus, Summary
 from rlsys.rewards.scoring import load_parts
-from rlsys.tasks.loading import RowRoom, fit_task, load_task
+from rlsys.tasks.loading import LearnerRoom, fit_task, load_task
 
 
 def prepare(config: Config, models: Path, *, trains: bool = True) -> Prepared:
     """Load data and models, and check that they fit each other. `models` is where tiny models are made.
 
     Everything that a user can have got wrong and that this process can see is found here, before anything is started.
-    `trains` is False for an evaluation, which needs neither rewards nor room in the learner's rows.
+    `trains` is False for an evaluation, which needs neither rewards nor room in the learner.
     """
     from rlsys.models.policy import load_tokenizer
 
@@ -56,8 +57,12 @@ def prepare(config: Config, models: Path, *, trains: bool = True) -> Prepared:
     tokenizer = load_tokenizer(model_dir)
     renderer = PromptRenderer(tokenizer, encoder, config.rollout.max_model_tokens - config.rollout.max_new_tokens)
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = RowRoom(config.learner.row_tokens, config.rollout.max_new_tokens, config.sft is not None) if trains else None
-    return Prepared(fit_task(task, renderer, rows), renderer, model_dir, factory, int(pad))
+    room = (
+        LearnerRoom(config.learner.micro_batch_tokens, config.rollout.max_new_tokens, config.sft is not None)
+        if trains
+        else None
+    )
+    return Prepared(fit_task(task, renderer, room), renderer, model_dir, factory, int(pad))
 
 
 def _check_length(config: Config, model_dir: Path) -> None:
@@ -74,7 +79,7 @@ def _check_length(config: Config, model_dir: Path) -> None:
 def _check_resumable(config: Config, state: RunState) -> None:
     """Refuse before anything is started what could only be refused in the midst of the run."""
     if state.buffer is not None:
-        policy = StrictStaleness(config.grpo.max_staleness, config.grpo.groups_per_step)
+        policy = make_policy(config.grpo.order, config.grpo.max_staleness, config.grpo.groups_per_step)
         TrajectoryBuffer.restore(policy, state.buffer, state.version)
 
 
@@ -145,6 +150,7 @@ async def _take_up(session: Session, place: Path, state: RunState) -> None:
     """Bring the learner to a checkpoint; the engines follow when there is something to generate."""
     session.progress.say(f"Resuming after {state.phase} step {state.version} ({place.name}).")
     session.evaluations = {name: EvaluationResult.from_dict(value) for name, value in state.evaluations.items()}
+    session.alarms = {name: list(steps) for name, steps in state.alarms.items()}
     session.totals = Totals(**state.totals)  # pyright: ignore[reportArgumentType] (written by Totals.to_dict)
     await session.roles.learner.restore(place, session.objective(state.phase), state.version)
 
@@ -162,7 +168,7 @@ async def _phases(session: Session, state: RunState | None, last_phase: Phase) -
         if config.sft is not None:
             await session.evaluate("after_sft")
         await learner.enter(session.objective(Phase.GRPO))
-        await session.save(Phase.GRPO, cursor_position=0, buffer=None)
+        await session.save(Phase.GRPO)
     if last_phase is Phase.GRPO:
         await run_grpo(session, state)
         await session.evaluate("after_grpo")

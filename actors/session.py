@@ -5,25 +5,29 @@ evaluate, and write a checkpoint.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.checkpoint import Checkpoints, RunState
 from actors.episodes import Episodes
-from actors.evaluator import evaluate
+from actors.evaluator import Evaluated, evaluate
 from actors.models import EncoderFactory
 from actors.ports import Objective, Sampling
 from actors.progress import Progress
 from actors.roles import Roles
 from actors.totals import Totals
 from actors.trackers import Trackers
+from rlsys.algorithms.objective import PolicyObjective
 from rlsys.config import Config
+from rlsys.data.cursor import ProblemSource
 from rlsys.data.prompts import PromptRenderer
 from rlsys.evaluation.accuracy import EvaluationResult
 from rlsys.pipeline.buffer import TrajectoryBuffer
 from rlsys.pipeline.waits import WaitClock
 from rlsys.report.records import Phase, RunDirectory
 from rlsys.tasks.loading import TaskData
+from rlsys.types import Problem
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class Session:
     checkpoints: Checkpoints
     totals: Totals = field(default_factory=Totals)
     evaluations: dict[str, EvaluationResult] = field(default_factory=dict[str, EvaluationResult])
+    alarms: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    """Steps at which each alarm rang."""
+    bottleneck: str = "GRPO has not begun"
+    """Who waited longest for whom, over the GRPO steps of this sitting."""
 
     buffer: TrajectoryBuffer | None = None
     """Of the GRPO phase, once it has begun."""
@@ -68,7 +76,8 @@ class Session:
             assert self.config.sft is not None, "there is a warm start"
             return Objective(None, self.config.sft.learning_rate, self.config.sft.warmup_steps, temperature=1.0)
         grpo = self.config.grpo
-        return Objective(grpo.loss, grpo.learning_rate, grpo.warmup_steps, self.config.rollout.temperature)
+        policy = PolicyObjective.from_config(grpo)
+        return Objective(policy, grpo.learning_rate, grpo.warmup_steps, self.config.rollout.temperature)
 
     def sampling(self, completions: int) -> Sampling:
         """Training rollouts."""
@@ -87,15 +96,7 @@ class Session:
             done += number
             self.progress.step("problem", done, len(problems), {})
 
-        result = await evaluate(
-            self.episodes,
-            problems,
-            samples=config.samples,
-            temperature=self.config.rollout.temperature,
-            max_new_tokens=self.config.rollout.max_new_tokens,
-            floor=self.prepared.task.floor(problems),
-            progress=advance,
-        )
+        result = (await self._evaluate(problems, config.samples, advance)).result
         self.evaluations[name] = result
         low, high = result.interval
         self.progress.say(
@@ -103,13 +104,32 @@ class Session:
             f"greedy {result.greedy_accuracy:.3f}, text-only floor {result.floor:.3f}"
         )
 
-    async def save(self, phase: Phase, cursor_position: int, buffer: TrajectoryBuffer | None) -> None:
+    async def evaluate_interleaved(self) -> Evaluated:
+        """Evaluate what the engines hold on a few validation problems, while they go on with training rollouts."""
+        problems = self.prepared.task.splits["validation"][: self.config.evaluation.interleaved_problems]
+        return await self._evaluate(problems, 1, lambda number: None)
+
+    async def _evaluate(self, problems: Sequence[Problem], samples: int, advance: Callable[[int], None]) -> Evaluated:
+        return await evaluate(
+            self.episodes,
+            problems,
+            samples=samples,
+            temperature=self.config.rollout.temperature,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            floor=self.prepared.task.floor(problems),
+            progress=advance,
+        )
+
+    async def save(
+        self, phase: Phase, *, buffer: TrajectoryBuffer | None = None, source: ProblemSource | None = None
+    ) -> None:
         """Write a checkpoint. Everything but the learner's state is taken at this very moment, before any wait."""
         state = RunState(
             phase=phase,
             version=self.roles.learner.version,
-            cursor_position=cursor_position,
             buffer=buffer.snapshot() if buffer is not None else None,
+            source=source.state() if source is not None else None,
+            alarms={name: list(steps) for name, steps in self.alarms.items()},
             evaluations={name: result.to_dict() for name, result in self.evaluations.items()},
             totals={**self.totals.to_dict(), "wall_seconds": self.wall_seconds},
         )

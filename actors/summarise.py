@@ -36,6 +36,7 @@ def summarise(session: Session, status: RunStatus) -> Summary:
             learner_idle_fraction=_idle(totals.learner_busy_seconds, totals.learner_seconds),
             rollout_idle_fraction=_idle(totals.rollout_busy_seconds, totals.rollout_seconds),
             weight_load_seconds_mean=totals.load_seconds / max(1, totals.loads),
+            bottleneck=session.bottleneck,
         ),
         throughput=ThroughputSummary(
             trajectories_per_second=totals.trained_trajectories / seconds,
@@ -43,6 +44,7 @@ def summarise(session: Session, status: RunStatus) -> Summary:
             generated_tokens_per_second=counts.tokens_generated / seconds,
         ),
         mismatch=totals.mismatch_sum / totals.mismatch_steps if totals.mismatch_steps else None,
+        alarms=session.alarms,
     )
 
 

@@ -13,7 +13,7 @@ from actors.episodes import Episodes
 from actors.ports import FeaturesRef, Learner, StepReport
 from rlsys.config import SftConfig
 from rlsys.data.cursor import ProblemCursor
-from rlsys.data.samples import demonstration_sample
+from rlsys.data.samples import demonstration_samples
 from rlsys.types import Problem, TrainSample
 
 
@@ -36,15 +36,15 @@ class WarmStart:
             while self._learner.version < last_version:
                 samples, features = await next_batch
                 next_batch = asyncio.create_task(self._prepare(self._learner.version + 1))
-                await after_step(await self._learner.step(samples, features))
+                await self._learner.accumulate(samples, features)
+                await after_step(await self._learner.step())
         finally:
             next_batch.cancel()
 
     async def _prepare(self, step: int) -> tuple[list[TrainSample], list[FeaturesRef]]:
-        cursor = ProblemCursor(self._problems, self._seed, position=step * self._config.batch_size)
+        cursor = ProblemCursor(self._problems, self._seed, "sft", position=step * self._config.batch_size)
         problems = cursor.take(self._config.batch_size)
-        rendered = [self._episodes.demonstration(problem) for problem in problems]
-        samples = [demonstration_sample(row, prompt, ids) for row, (prompt, ids) in enumerate(rendered)]
+        samples = demonstration_samples([self._episodes.demonstration(problem) for problem in problems])
         features = await self._episodes.embed(
             [(sample.prompt, problem) for sample, problem in zip(samples, problems, strict=True)]
         )

@@ -9,29 +9,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, model_validator
 
+from rlsys.config_grpo import GrpoConfig
 from rlsys.config_rules import broken_rules
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration that knows no other keys than its own."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-# Strict: `true`, "3" and 3.0 are no whole numbers, `true` and "0.1" are no numbers.
-Int = Annotated[int, Strict()]
-Float = Annotated[float, Strict()]
-Positive = Annotated[Int, Field(ge=1)]
-NonNegative = Annotated[Int, Field(ge=0)]
-Fraction = Annotated[Float, Field(ge=0, le=1)]
-FractionBelowOne = Annotated[Float, Field(ge=0, lt=1)]
-PositiveFloat = Annotated[Float, Field(gt=0)]
-NonNegativeFloat = Annotated[Float, Field(ge=0)]
-
+from rlsys.config_section import (
+    Float,
+    Fraction,
+    FractionBelowOne,
+    Int,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 # ---------------------------------------------------------------- what is learned
 
@@ -163,60 +155,6 @@ class SftConfig(Section):
     """Steps of linear rise to the peak; constant after it."""
 
 
-class DppoLoss(Section):
-    """DPPO: policy gradient on the ratio to the behavior policy, masked where the total variation leaves a box."""
-
-    kind: Literal["dppo"]
-    delta: Annotated[Float, Field(gt=0, le=1)] = 0.2
-    """A token is masked where its probability already moved by more than this in the advantage's direction."""
-    tau: NonNegativeFloat = 1e-3
-    """Weight of the squared log-ratio, which keeps the policy near the behavior policy."""
-
-
-class PpoClipLoss(Section):
-    """PPO's clipped surrogate on the ratio to the behavior policy."""
-
-    kind: Literal["ppo_clip"]
-    epsilon_low: Annotated[Float, Field(gt=0, lt=1)] = 0.2
-    """The ratio is clipped below 1 - epsilon_low."""
-    epsilon_high: PositiveFloat = 0.2
-    """The ratio is clipped above 1 + epsilon_high."""
-
-
-class ReinforceLoss(Section):
-    """REINFORCE on the sampled tokens, without any correction for staleness."""
-
-    kind: Literal["reinforce"]
-
-
-Loss = Annotated[DppoLoss | PpoClipLoss | ReinforceLoss, Field(discriminator="kind")]
-
-
-class GrpoConfig(Section):
-    """Asynchronous GRPO."""
-
-    steps: Positive
-    """Optimizer steps."""
-    groups_per_step: Positive = 32
-    """Groups P in a step."""
-    group_size: Annotated[Int, Field(ge=2)] = 8
-    """Completions G of each problem."""
-    max_staleness: NonNegative = 1
-    """Exact bound S: steps between a completion's first token and its use. 0 is synchronous training."""
-    learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear rise to the peak; constant after it."""
-    loss: Loss = DppoLoss(kind="dppo")
-    """The policy loss."""
-    normalise_advantages: bool = False
-    """Divide the group-mean advantage by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
-    filter_zero_variance: bool = True
-    """Leave out groups whose rewards are all equal (they teach nothing) and generate others instead."""
-    mask_truncated: bool = False
-    """Leave completions that hit the token limit out of the loss (they still count in their group's mean)."""
-
-
 # ---------------------------------------------------------------- the roles
 
 
@@ -239,10 +177,9 @@ class LearnerConfig(Section):
     """AdamW's decay rates of the two moments."""
     gradient_clipping: PositiveFloat = 1.0
     """Largest norm of the whole gradient."""
-    row_tokens: Positive = 512
-    """Tokens of a packed row: several sequences share one. Attention memory grows with its square on a CPU."""
-    rows_per_micro_batch: Positive = 8
-    """Packed rows in one forward and backward pass; gradients accumulate over the step's micro-batches."""
+    micro_batch_tokens: Positive = 4096
+    """Tokens in one forward and backward pass, at least the longest prompt with its completion; a group's prompt counts
+    once. Gradients accumulate over the step's micro-batches."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -324,6 +261,10 @@ class EvaluationConfig(Section):
     """Completions of each at the training temperature; one greedy completion is added."""
     before: bool = True
     """Evaluate the policy before the warm start too."""
+    every_steps: Positive | None = None
+    """Also evaluate every so many GRPO steps, on validation problems and while training goes on; null for never."""
+    interleaved_problems: Positive = 64
+    """How many problems of the validation split such an evaluation takes, one sample and one greedy completion each."""
 
 
 class CheckpointConfig(Section):

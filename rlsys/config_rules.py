@@ -55,13 +55,13 @@ def a_completion_fits_into_the_engine(config: Config) -> str | None:
     )
 
 
-def a_completion_fits_into_a_row(config: Config) -> str | None:
-    """The learner's rows hold prompt and completion."""
-    new, row = config.rollout.max_new_tokens, config.learner.row_tokens
-    if new < row:
+def a_completion_fits_into_a_micro_batch(config: Config) -> str | None:
+    """The learner runs prompt and completion at once."""
+    new, room = config.rollout.max_new_tokens, config.learner.micro_batch_tokens
+    if new < room:
         return None
     return (
-        f"rollout.max_new_tokens={new} leaves no room for a prompt in learner.row_tokens={row}; "
+        f"rollout.max_new_tokens={new} leaves no room for a prompt in learner.micro_batch_tokens={room}; "
         "raise the second or lower the first"
     )
 
@@ -140,7 +140,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     a_reward_part_has_weight,
     reward_parts_find_their_facts,
     a_completion_fits_into_the_engine,
-    a_completion_fits_into_a_row,
+    a_completion_fits_into_a_micro_batch,
     the_batch_divides_over_the_ranks,
     the_warm_start_divides_over_the_ranks,
     heads_suit_the_engine,

@@ -2,7 +2,7 @@
 
 A fact is recorded where it is known; the controller flushes once per step, to `metrics.jsonl`, to W&B and to Ray's
 metrics. Dashboards and the report read these names, so they are an interface: `area/quantity[_unit]`, areas train,
-reward, group, staleness, rollout, embed, time, throughput, tokens. Only `reward/<part>` is open, because
+off_policy, reward, group, staleness, rollout, length, evaluation, embed, time, throughput, tokens. Only `reward/<part>` is open, because
 users name their reward parts.
 
 Invariant: nothing is reported under a name that is not listed here.
@@ -59,6 +59,22 @@ def _role_times() -> dict[str, MetricSpec]:
     return specs
 
 
+MAX_STALENESS = 8
+"""Tokens of this staleness or more are counted together."""
+
+
+def _off_policy() -> dict[str, MetricSpec]:
+    specs: dict[str, MetricSpec] = {}
+    for staleness in range(MAX_STALENESS + 1):
+        tokens = f"tokens of staleness {staleness}{' or more' if staleness == MAX_STALENESS else ''}"
+        specs |= {
+            f"off_policy/logprob_abs_mean_staleness_{staleness}": _last(f"mean |log-probability difference|, {tokens}"),
+            f"off_policy/kl_staleness_{staleness}": _last(f"KL(sampling policy || current policy), k3, {tokens}"),
+            f"off_policy/ess_staleness_{staleness}": _last(f"effective sample size of the ratios / tokens, {tokens}"),
+        }
+    return specs
+
+
 OPEN_PREFIX = "reward/"
 """Names below it are open: the mean of a reward part over the trajectories in which it could be computed."""
 
@@ -66,10 +82,12 @@ METRICS: Mapping[str, MetricSpec] = MappingProxyType(
     {
         "train/loss": _last("loss of the step: sum over its tokens / their number"),
         "train/entropy": _last("mean entropy of the policy at the loss tokens, nats"),
+        "train/reference_kl": _last("KL of the current to the reference policy (the warm start), loss tokens"),
         "train/gradient_norm": _last("norm of the gradient before clipping"),
         "train/learning_rate": _last("learning rate of the step"),
-        "train/packing_efficiency": _last("tokens of samples / positions that the learner ran"),
+        "train/prompt_sharing": _last("tokens of samples with a prompt each / tokens that the learner ran"),
         "train/ratio_mean": _last("mean ratio of current to sampling probability, all loss tokens"),
+        "train/ratio_masked_fraction": _last("part of the loss tokens that the correction leaves out"),
         "train/ratio_clipped_fraction": _last("part of the loss tokens that the trust region stops"),
         "train/ess_fraction": _last("effective sample size of the ratios / loss tokens"),
         "train/behavior_kl": _last("KL(sampling policy || current policy), k3, all loss tokens"),
@@ -87,6 +105,7 @@ METRICS: Mapping[str, MetricSpec] = MappingProxyType(
         "group/trained": _last("groups trained since the run began"),
         "group/filtered": _last("groups dropped because they have nothing to teach, since the run began"),
         "group/failed": _last("groups dropped because a role failed, since the run began"),
+        "group/stale": _last("groups dropped because they were too old to be trained, since the run began"),
         "group/cancelled": _last("groups given up by the run, since it began"),
         "group/buffer_depth": _last("finished groups that wait for the learner"),
         "staleness/mean": _mean("learner's version when used - version of the first token, groups of the step"),
@@ -103,12 +122,25 @@ METRICS: Mapping[str, MetricSpec] = MappingProxyType(
         "rollout/preemptions": _last(
             "requests that the engines computed anew (a weight load asks for it), since they started"
         ),
+        "length/generated_mean": _last("mean tokens of the completions generated lately"),
+        "length/generated_p95": _last("95th percentile of their tokens"),
+        "length/generated_p50": _last("median of their tokens"),
+        "length/trained_p50": _last("median of the tokens of the completions trained lately"),
+        "length/bias_error": _last("standard error of the bias"),
+        "length/trained_mean": _last("mean tokens of the completions trained lately"),
+        "length/trained_p95": _last("95th percentile of their tokens"),
+        "length/bias": _last("trained mean / generated mean - 1: what filters and staleness do to lengths"),
+        "evaluation/version": _last("policy version of the evaluation that ended in this step"),
+        "evaluation/accuracy": _last("its exact-answer accuracy at the training temperature, validation problems"),
+        "evaluation/greedy_accuracy": _last("its greedy accuracy"),
         "embed/hit_fraction": _mean("part of the sequences found in the feature cache"),
         "embed/latency_seconds": _mean("seconds until the features of a group were there"),
         "time/step_seconds": _sum("seconds of the optimizer step on the learner"),
+        "time/grpo_seconds": _last("wall seconds of all GRPO steps so far"),
         "time/weight_load_seconds": _mean("seconds until new weights were live on all workers"),
         "time/publish_seconds": _mean("seconds in which the learner published its weights"),
         **_role_times(),
+        **_off_policy(),
         "throughput/trained_trajectories": _sum("trajectories trained in the step"),
         "throughput/trajectories_per_second": _last("trajectories trained per second of wall time"),
         "throughput/trained_tokens_per_second": _last("loss tokens per second of wall time"),
@@ -117,6 +149,7 @@ METRICS: Mapping[str, MetricSpec] = MappingProxyType(
         "tokens/masked": _last("tokens of trained groups that did not count, since the run began"),
         "tokens/filtered": _last("tokens discarded with filtered groups, since the run began"),
         "tokens/failed": _last("tokens discarded with failed groups, since the run began"),
+        "tokens/stale": _last("tokens discarded with groups that were too old, since the run began"),
         "tokens/cancelled": _last("tokens discarded with cancelled groups, since the run began"),
         "tokens/in_flight": _last("tokens of finished groups that are not trained yet"),
     }

@@ -176,6 +176,8 @@ class TrainSample:
     loss_mask_T: FloatArray
     """1.0 where the token counts in the loss, 0.0 elsewhere."""
     advantage: float
+    token_weight: float
+    """Factor of each token's loss in the step's sum: how token losses are aggregated."""
 
     @property
     def num_tokens(self) -> int:

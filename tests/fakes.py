@@ -123,10 +123,12 @@ def score(reward: float) -> Score:
 
 
 class FakeLearner:
-    """Counts steps; remembers the samples of each."""
+    """Counts steps; remembers the samples of each, and in how many parts they came."""
 
     def __init__(self) -> None:
         self.version = 0
+        self.parts: list[int] = []
+        self._accumulated: list[Sequence[TrainSample]] = []
         self.batches: list[Sequence[TrainSample]] = []
         self.published: list[int] = []
 
@@ -134,11 +136,18 @@ class FakeLearner:
         """Start counting."""
         self.version = 0
 
-    async def step(self, samples: Sequence[TrainSample], features: Sequence[Features]) -> StepReport:
-        """One step, a turn long. Every slot's features must be there."""
+    async def accumulate(self, samples: Sequence[TrainSample], features: Sequence[Features]) -> None:
+        """Take samples, a turn long. Every slot's features must be there."""
         keys = {key for bundle in features for key in bundle}
         assert all(slot.key in keys for sample in samples for slot in sample.prompt.slots), "features are missing"
         await asyncio.sleep(0)
+        self._accumulated.append(samples)
+
+    async def step(self) -> StepReport:
+        """One step on what was accumulated."""
+        parts, self._accumulated = self._accumulated, []
+        samples = [sample for part in parts for sample in part]
+        self.parts.append(len(parts))
         self.batches.append(samples)
         self.version += 1
         return StepReport(self.version, sum(int(one.loss_mask_T.sum()) for one in samples), 0.1, {"train/loss": 0.0})

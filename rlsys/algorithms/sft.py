@@ -1,7 +1,7 @@
 """The loss of supervised fine-tuning: the warm start imitates demonstrations.
 
 Same place in the learner and same contract as the policy losses (`rlsys.algorithms.losses`): a token's loss depends on
-that token alone, and the caller divides the sum by the loss tokens of the whole step.
+that token alone, and the caller multiplies it with the weight of its sample and adds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.losses import TokenLoss
+from rlsys.algorithms.tokens import TokenLoss
 
 
 def nll(logprobs: Tensor, mask: Tensor) -> TokenLoss:

@@ -7,9 +7,9 @@ Invariant: features enter **by position**. A slot is named by (row, start, lengt
 start marker, S projected feature rows, a learned end marker. The ids that stand there are never read, and a
 `dna_pad` id anywhere else is an ordinary token: the policy may sample it.
 
-Packing: several sequences share a row when `position_ids` restart at 0 in each; the attention mask is derived from
-that, never passed. Transformers drops that rule silently when a mask or a cache is in play, so neither can be passed
-here, and `packing_check.check_packing` proves the rule for the attention implementation in use.
+Packing: a micro-batch is one line of tokens, and `samples` says which of them make up each sequence, so that a group's
+prompt is run once. It needs the attention of `rlsys.models.packed_attention`; `packing_check.check_packing` proves
+before training that packed sequences give what separate ones give.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers.utils.generic import ModelOutput
 from rlsys.data.prompts import NUM_MARKERS
 from rlsys.errors import ConfigError
 from rlsys.models.logprobs import token_logprobs
+from rlsys.models.packed_attention import PACKED
 from rlsys.models.projector import DnaProjector
 from rlsys.types import DnaSlot
 
@@ -78,7 +79,7 @@ class DnaLlmOutput(ModelOutput):
     logprobs: Tensor | None = None
     """[N] float32, natural log, at the temperature given."""
     entropies: Tensor | None = None
-    """[N] float32, nats, without gradient."""
+    """[N] float32, nats; without gradient unless it was asked for."""
 
 
 class DnaLlm(PreTrainedModel):
@@ -126,30 +127,32 @@ class DnaLlm(PreTrainedModel):
         features: Sequence[Tensor] = (),
         slots: Tensor | None = None,
         *,
-        segment_ids: Tensor | None = None,
-        visible_segment_ids: Tensor | None = None,
+        samples: Tensor | None = None,
+        places: Tensor | None = None,
         predictor_positions: Tensor | None = None,
         target_ids: Tensor | None = None,
         temperature: float = 1.0,
         logprob_chunk: int = 512,
+        entropy_gradient: bool = False,
     ) -> DnaLlmOutput:
-        """Run packed sequences; return logits, or log-probabilities and entropies of `target_ids` alone.
+        """Run sequences; return logits, or log-probabilities and entropies of `target_ids` alone.
 
-        `input_ids` and `position_ids` are [B, T]; positions restart at 0 in each packed segment (without
-        `position_ids` each row is one segment; padding is a segment of its own). `features` holds n tensors [S_i, E]
-        and `slots` is [n, 3] with rows (row, start, S_i + 2).
+        `input_ids` and `position_ids` are [B, T], a row for each sequence, padded at the end. `features` holds n
+        tensors [S_i, E] and `slots` is [n, 3] with rows (row, start, S_i + 2).
 
-        Shared prompts: with `segment_ids` and `visible_segment_ids` (both [B, T]) a token sees the earlier tokens of
-        its own segment and of its visible segment. A row [prompt, completion 1, completion 2, ...] whose completions
-        make the prompt visible, and continue its positions, gives what separate sequences would give.
+        Packed: one row [1, T] holds all tokens, `samples` [n, L] the places of each sequence's tokens and `places` [T]
+        those of the tokens in `samples` (see `rlsys.data.packing.MicroBatch`). Positions go on from the shared prompt.
 
         `target_ids` [N] are scored at `predictor_positions` [N]: flat positions (row * T + t) of the hidden states
-        that predict them. The head runs for those positions only.
+        that predict them. The head runs for those positions only. With `entropy_gradient` the entropies carry one.
         """
         embeds_BTH = self._embed(input_ids, features, slots)
-        mask = self._shared_prompt_mask(segment_ids, visible_segment_ids, embeds_BTH)
         hidden_BTH = self.language_model.base_model(
-            inputs_embeds=embeds_BTH, position_ids=position_ids, attention_mask=mask, use_cache=False
+            inputs_embeds=embeds_BTH,
+            position_ids=position_ids,
+            attention_mask=None,
+            use_cache=False,
+            **self._packed(samples, places),
         ).last_hidden_state
         head = self.get_output_embeddings()
         if target_ids is None:
@@ -163,6 +166,7 @@ class DnaLlm(PreTrainedModel):
             target_ids,
             temperature=temperature,
             chunk=logprob_chunk,
+            entropy_gradient=entropy_gradient,
         )
         return DnaLlmOutput(logprobs=logprobs, entropies=entropies)
 
@@ -173,24 +177,17 @@ class DnaLlm(PreTrainedModel):
         embeds_NH = embeds_BTH.flatten(0, 1).index_copy(0, positions_R, rows_RH)
         return embeds_NH.view_as(embeds_BTH)
 
-    def _shared_prompt_mask(
-        self, segment_ids: Tensor | None, visible_segment_ids: Tensor | None, embeds_BTH: Tensor
-    ) -> Tensor | None:
-        assert (segment_ids is None) == (visible_segment_ids is None), "shared prompts need both segment tensors"
-        if segment_ids is None or visible_segment_ids is None:
-            return None
+    def _packed(self, samples: Tensor | None, places: Tensor | None) -> dict[str, Tensor]:
+        assert (samples is None) == (places is None), "a packed line needs samples and places"
+        if samples is None or places is None:
+            return {}
         implementation = attention_implementation(self)
-        if implementation not in ("sdpa", "eager"):
+        if implementation != PACKED:
             raise ConfigError(
-                f"attention implementation {implementation!r} cannot run shared prompts, which need a mask of their "
-                "own. Use sdpa, or turn shared prompts off."
+                f"attention implementation {implementation!r} does not know packed sequences: they would see each "
+                f"other. Load the policy with attn_implementation={PACKED!r}."
             )
-        allowed_B1TT = shared_prompt_mask(segment_ids, visible_segment_ids)
-        if implementation == "sdpa":
-            return allowed_B1TT
-        # Eager attention adds its mask to the scores; a boolean one would be added as 0 and 1.
-        blocked = torch.finfo(embeds_BTH.dtype).min
-        return torch.zeros_like(allowed_B1TT, dtype=embeds_BTH.dtype).masked_fill(~allowed_B1TT, blocked)
+        return {"samples_BL": samples, "places_T": places}
 
 
 def attention_implementation(model: DnaLlm) -> str:
@@ -210,13 +207,6 @@ def slot_positions(slots: Tensor | None, features: Sequence[Tensor], shape: torc
         assert 0 <= start <= num_tokens - length, f"slot at {start}, of {length} tokens, in a row of {num_tokens}"
         pieces.append(torch.arange(row * num_tokens + start, row * num_tokens + start + length))
     return torch.cat(pieces)
-
-
-def shared_prompt_mask(segment_ids_BT: Tensor, visible_segment_ids_BT: Tensor) -> Tensor:
-    """[B, 1, T, T], True where token q (third axis) sees token k (last axis): k <= q, in q's own or visible segment."""
-    key_segment = segment_ids_BT[:, None, :]
-    reachable = (segment_ids_BT[:, :, None] == key_segment) | (visible_segment_ids_BT[:, :, None] == key_segment)
-    return torch.tril(reachable)[:, None]
 
 
 def sequence_inputs(

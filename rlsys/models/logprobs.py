@@ -19,19 +19,20 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     chunk: int = 512,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return (log p(target), entropy), both [N] float32, of softmax(head(hidden) / temperature).
 
     Natural logarithms; the logits are cast to float32 after the head, as vLLM does. At most `chunk` rows of logits
-    exist at a time, and they are recomputed in the backward pass instead of kept. Entropies carry no gradient: they
-    are a metric. With N = 0 the head is still applied, to no rows, so that ranks stay in step.
+    exist at a time, and they are recomputed in the backward pass instead of kept. Entropies carry a gradient only
+    where a bonus asks for it. With N = 0 the head is still applied, to no rows, so that ranks stay in step.
     """
     starts = range(0, max(len(target_ids_N), 1), chunk)
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     for start in starts:
         rows = slice(start, start + chunk)
-        arguments = (hidden_NH[rows], head_weight_VH, head_bias_V, target_ids_N[rows], temperature)
+        arguments = (hidden_NH[rows], head_weight_VH, head_bias_V, target_ids_N[rows], temperature, entropy_gradient)
         if torch.is_grad_enabled():
             logprobs_C, entropies_C = checkpoint(_chunk_logprobs, *arguments, use_reentrant=False)
         else:
@@ -42,12 +43,17 @@ def token_logprobs(
 
 
 def _chunk_logprobs(
-    hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_ids_C: Tensor, temperature: float
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    target_ids_C: Tensor,
+    temperature: float,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     logits_CV = nn.functional.linear(hidden_CH, weight_VH, bias_V).float() / temperature
     log_normaliser_C = torch.logsumexp(logits_CV, dim=-1)
     logprobs_C = logits_CV.gather(-1, target_ids_C[:, None])[:, 0] - log_normaliser_C
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         probabilities_CV = torch.exp(logits_CV - log_normaliser_C[:, None])
         entropies_C = log_normaliser_C - (probabilities_CV * logits_CV).sum(dim=-1)
     return logprobs_C, entropies_C

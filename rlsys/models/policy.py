@@ -92,6 +92,9 @@ def _load_text_model(directory: Path, dtype: torch.dtype, attn_implementation: s
         ) from error
     model, info = loaded
     _refuse_partial(directory, info)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None and generation.eos_token_id is not None:
+        model.config.eos_token_id = generation.eos_token_id  # the end tokens of a chat, which config.json may not name
     return model
 
 
@@ -162,6 +165,15 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(directory)
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"{directory}: no tokenizer can be loaded from here ({_first_line(error)})") from error
+
+
+def stop_token_ids(path: Path | str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion of the policy in a directory: the tokenizer's end token, and all that the text model's
+    own generation settings named (Qwen3 has two).
+    """
+    ids: Any = [tokenizer.eos_token_id, getattr(policy_config(path).text_config, "eos_token_id", None)]
+    flat = [one for entry in ids for one in (entry if isinstance(entry, list) else [entry])]
+    return tuple(sorted({int(one) for one in flat if one is not None}))
 
 
 def save_policy(

@@ -25,6 +25,8 @@ class DropReason(StrEnum):
     """A role could not do its part: a prompt, a generation, or the scores of the whole group."""
     CANCELLED = "cancelled"
     """The run gave it up: a lost worker, or the end of the run."""
+    STALE = "stale"
+    """It was finished too late for the staleness bound; only under a policy that evicts."""
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,11 @@ class Ledger:
         ledger = cls()
         ledger._groups_admitted = snapshot["groups_admitted"]
         ledger._groups_trained = snapshot["groups_trained"]
-        ledger._groups_dropped = {DropReason(name): number for name, number in snapshot["groups_dropped"].items()}
+        ledger._groups_dropped |= {DropReason(name): number for name, number in snapshot["groups_dropped"].items()}
         ledger._tokens_generated = snapshot["tokens_generated"]
         ledger._tokens_trained = snapshot["tokens_trained"]
         ledger._tokens_masked = snapshot["tokens_masked"]
-        ledger._tokens_discarded = {DropReason(name): number for name, number in snapshot["tokens_discarded"].items()}
+        ledger._tokens_discarded |= {DropReason(name): number for name, number in snapshot["tokens_discarded"].items()}
         ledger._open_tokens = {int(ticket): tokens for ticket, tokens in snapshot["open_tokens"].items()}
         return ledger
 

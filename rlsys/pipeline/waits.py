@@ -7,15 +7,23 @@ A role has members: the contexts that can be open for it at once. The learner ha
 one per worker, which is busy while it generates for any group, and otherwise blocked by what the next group waits for.
 Each member is busy, blocked by one cause, or idle, which is what no context accounts for.
 
+No wait is endless: `within` gives one a deadline, and an error that names who waited for what, and for how long.
+
 Invariant: for each role, busy + blocked + idle seconds = members x elapsed seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
+
+from rlsys.errors import RoleError
+
+T = TypeVar("T")
 
 BALANCED_BELOW = 0.05
 """A wait below this fraction of a role's time is not worth a change of the ratio of rollout workers to learners."""
@@ -45,6 +53,8 @@ class Cause(StrEnum):
     """A group waits for the features of its DNA."""
     REWARD_WAIT = "reward_wait"
     """A generated group waits for its scores."""
+    EVALUATION = "evaluation"
+    """A weight load is held back until an evaluation, which is pinned to one version, is done."""
 
 
 WAITS: Mapping[Role, tuple[Cause, ...]] = {
@@ -54,8 +64,9 @@ WAITS: Mapping[Role, tuple[Cause, ...]] = {
         Cause.NO_PROMPTS,
         Cause.EMBED_WAIT,
         Cause.REWARD_WAIT,
+        Cause.EVALUATION,
     ),
-    Role.LEARNER: (Cause.GROUPS, Cause.WEIGHT_LOAD, Cause.EMBED_WAIT),
+    Role.LEARNER: (Cause.GROUPS, Cause.WEIGHT_LOAD, Cause.EMBED_WAIT, Cause.EVALUATION),
     Role.EMBEDDING_SERVICE: (),
     Role.REWARD_SCORER: (),
 }
@@ -72,6 +83,7 @@ _WAITED_FOR = {
     Cause.NO_PROMPTS: "for prompts",
     Cause.EMBED_WAIT: "for DNA features",
     Cause.REWARD_WAIT: "for scores",
+    Cause.EVALUATION: "for an evaluation",
 }
 _CULPRITS = {
     Cause.GROUPS: "rollout workers are",
@@ -80,6 +92,7 @@ _CULPRITS = {
     Cause.NO_PROMPTS: "the preparation of prompts is",
     Cause.EMBED_WAIT: "the embedding service is",
     Cause.REWARD_WAIT: "reward scorers are",
+    Cause.EVALUATION: "the evaluation is",
 }
 
 
@@ -234,3 +247,25 @@ class WaitClock:
             self._busy_seconds[role] += self._busy_members[role] * elapsed
         for wait, members in self._blocked_members.items():
             self._blocked_seconds[wait] += members * elapsed
+
+
+async def within(
+    seconds: float | None, awaitable: Awaitable[T], *, role: str, call: str, state: Callable[[], str] | None = None
+) -> T:
+    """Return the result of `awaitable`, waiting at most `seconds` (None: for ever).
+
+    Raises RoleError after the deadline, with `role`, `call`, the seconds waited, and what `state` then says of the
+    rest; the awaitable is cancelled. A TimeoutError of its own passes unchanged.
+    """
+    loop = asyncio.get_running_loop()
+    started, deadline = loop.time(), asyncio.timeout(seconds)
+    try:
+        async with deadline:
+            return await awaitable
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        rest = "" if state is None else f"\n{state()}"
+        raise RoleError(
+            f"{role}: {call} did not end within {loop.time() - started:.0f} s, its deadline{rest}"
+        ) from error

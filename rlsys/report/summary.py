@@ -6,7 +6,7 @@ that was generated is trained, discarded for a named reason, or in flight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -65,6 +65,8 @@ class TimeSummary:
     """The same for the rollout workers, on average."""
     weight_load_seconds_mean: float
     """Seconds from the pause of an engine to its going on with new weights."""
+    bottleneck: str
+    """One sentence: who waited longest for whom."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Summary:
     throughput: ThroughputSummary
     mismatch: float | None
     """Mean |log-probability difference| of engine and learner at equal version; None where no such token was seen."""
+    alarms: Mapping[str, Sequence[int]]
+    """Steps at which each alarm rang."""
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as plain JSON values."""
@@ -114,6 +118,8 @@ class Summary:
             "staleness": asdict(self.staleness),
             "time": asdict(self.time),
             "throughput": asdict(self.throughput),
+            "mismatch": self.mismatch,
+            "alarms": {name: list(steps) for name, steps in self.alarms.items()},
         }
 
 
@@ -131,10 +137,12 @@ def render_summary(summary: Summary, path: Path) -> str:
         f"staleness   mean {staleness.mean:.2f}, max {staleness.max}, bound {staleness.bound}",
         f"busy        learner {1 - time.learner_idle_fraction:.0%}, rollout {1 - time.rollout_idle_fraction:.0%}; "
         f"weights load in {time.weight_load_seconds_mean:.3f} s",
+        f"waits       {time.bottleneck}",
         f"mismatch    {_mismatch(summary.mismatch)}",
         f"throughput  {speed.trajectories_per_second:,.1f} trajectories/s, "
         f"{speed.trained_tokens_per_second:,.0f} trained tokens/s, "
         f"{speed.generated_tokens_per_second:,.0f} generated tokens/s",
+        *(f"alarm       {name} rang at step {', '.join(map(str, steps))}" for name, steps in summary.alarms.items()),
         f"files       {path}",
     ]
     return "\n".join(lines)

@@ -18,10 +18,10 @@ from rlsys.types import Problem, Prompt
 
 
 @dataclass(frozen=True)
-class RowRoom:
-    """The learner's rows, which must hold each training prompt together with what follows it."""
+class LearnerRoom:
+    """The learner's room, which must hold each training prompt together with what follows it."""
 
-    row_tokens: int
+    micro_batch_tokens: int
     max_new_tokens: int
     """Longest completion."""
     has_demonstrations: bool
@@ -61,22 +61,22 @@ def load_task(task: Task, seed: int) -> TaskData:
             return TaskData(read, kegg.fit_floor(read["train"]), task.over_long, _seen_in_training(read))
 
 
-def fit_task(data: TaskData, renderer: PromptRenderer, rows: RowRoom | None = None) -> TaskData:
+def fit_task(data: TaskData, renderer: PromptRenderer, room: LearnerRoom | None = None) -> TaskData:
     """Return the data without the problems whose prompts do not fit, with `<split>_over_long` counted.
 
-    Every split must fit the engine, and the training split the learner's `rows` too; None: nothing will be trained.
+    Every split must fit the engine, and the training split the learner's `room` too; None: nothing will be trained.
     Raises DataError for the first problem that does not fit where that is an error, for a demonstration that cannot be
     imitated, and where none of a split would be left.
     """
     splits: dict[str, tuple[Problem, ...]] = {}
     counts = dict(data.counts)
     for split, problems in data.splits.items():
-        room = rows if split == "train" else None
+        room = room if split == "train" else None
         kept = [problem for problem in problems if _fits(problem, renderer, room, data.over_long)]
         if not kept:
             raise DataError(
                 f"task.over_long=drop leaves none of the {len(problems)} {split} problems: every prompt is too long; "
-                "raise rollout.max_model_tokens and learner.row_tokens, or lower task.window_bp."
+                "raise rollout.max_model_tokens and learner.micro_batch_tokens, or lower task.window_bp."
             )
         splits[split] = tuple(kept)
         if len(kept) < len(problems):
@@ -85,12 +85,12 @@ def fit_task(data: TaskData, renderer: PromptRenderer, rows: RowRoom | None = No
 
 
 def _fits(
-    problem: Problem, renderer: PromptRenderer, rows: RowRoom | None, over_long: Literal["error", "drop"]
+    problem: Problem, renderer: PromptRenderer, room: LearnerRoom | None, over_long: Literal["error", "drop"]
 ) -> bool:
     try:
         prompt = renderer.render(problem)
-        if rows is not None:
-            _check_row(prompt, len(renderer.demonstration_ids(problem)) if rows.has_demonstrations else 0, rows)
+        if room is not None:
+            _check_room(prompt, len(renderer.demonstration_ids(problem)) if room.has_demonstrations else 0, room)
     except OverLongPromptError:
         if over_long == "error":
             raise
@@ -98,14 +98,14 @@ def _fits(
     return True
 
 
-def _check_row(prompt: Prompt, demonstration_tokens: int, rows: RowRoom) -> None:
+def _check_room(prompt: Prompt, demonstration_tokens: int, room: LearnerRoom) -> None:
     prompt_tokens = len(prompt.token_ids)
-    for what, tokens in (("rollout.max_new_tokens", rows.max_new_tokens), ("its demonstration", demonstration_tokens)):
-        if prompt_tokens + tokens > rows.row_tokens:
+    for what, tokens in (("rollout.max_new_tokens", room.max_new_tokens), ("its demonstration", demonstration_tokens)):
+        if prompt_tokens + tokens > room.micro_batch_tokens:
             raise OverLongPromptError(
                 f"problem {prompt.problem_id}: its prompt has {prompt_tokens} tokens and {what} {tokens}, together "
-                f"more than learner.row_tokens={rows.row_tokens}.\n"
-                f"Raise learner.row_tokens to at least {prompt_tokens + tokens}, or shorten the input (KEGG: "
+                f"more than learner.micro_batch_tokens={room.micro_batch_tokens}.\n"
+                f"Raise learner.micro_batch_tokens to at least {prompt_tokens + tokens}, or shorten the input (KEGG: "
                 "task.window_bp, or task.over_long=drop)."
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,16 @@ from actors.cluster import Cluster, Resources
 from actors.learner import LearnerGroup
 from actors.learner_rank import LearnerOptions, LearnerRank
 from actors.ports import Features, Objective
-from rlsys.config import ClusterConfig, DppoLoss, LearnerConfig, LoraConfig, TinyPolicy
+from rlsys.algorithms.objective import PolicyObjective
+from rlsys.config import ClusterConfig, LearnerConfig, LoraConfig, TinyPolicy
+from rlsys.config_grpo import DppoLoss
 from rlsys.models.policy import load_policy, new_policy, save_policy
 from rlsys.models.tiny import make_tiny_policy
 from rlsys.models.weights import read_weights
 from rlsys.types import DnaSlot, Prompt, TrainSample
 
 WIDTH = 16
-GRPO = Objective(DppoLoss(kind="dppo"), learning_rate=1e-3, warmup_steps=2, temperature=1.0)
+GRPO = Objective(PolicyObjective(DppoLoss(kind="dppo")), learning_rate=1e-3, warmup_steps=2, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,7 @@ def batch() -> tuple[list[TrainSample], Features]:
                 versions_T=np.zeros(length, np.int64),
                 loss_mask_T=np.ones(length, np.float32),
                 advantage=float(rng.normal()),
+                token_weight=1 / 128,
             )
         )
     return samples, features
@@ -78,7 +81,7 @@ class Bench:
         **config: int,
     ) -> Result:
         """Start a learner and run `script` on it."""
-        settings = LearnerConfig.model_validate({"cpus": 0.5, "rows_per_micro_batch": 2, **config})
+        settings = LearnerConfig.model_validate({"cpus": 0.5, **config})
         options = LearnerOptions(str(self._policy), settings, lora, seed=0, weights_dir=str(folder))
 
         async def go() -> Result:
@@ -116,10 +119,14 @@ class Result:
     weights: dict[str, torch.Tensor]
 
 
-async def step(learner: LearnerGroup, steps: int) -> list[float]:
+async def step(learner: LearnerGroup, steps: int, parts: Sequence[slice] = (slice(None),)) -> list[float]:
     samples, features = batch()
-    reports = [await learner.step(samples, [features]) for _ in range(steps)]
-    return [report.metrics["train/loss"] for report in reports]
+    losses: list[float] = []
+    for _ in range(steps):
+        for part in parts:
+            await learner.accumulate(samples[part], [features])
+        losses.append((await learner.step()).metrics["train/loss"])
+    return losses
 
 
 async def five_steps(learner: LearnerGroup) -> Result:
@@ -138,15 +145,26 @@ def one_rank(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Re
         await learner.save(folder)
         return Result(losses + await step(learner, 2), read_weights(await learner.publish()))
 
-    return bench.drive(folder, script, row_tokens=64), folder
+    return bench.drive(folder, script, micro_batch_tokens=64), folder
 
 
 def test_ranks_zero_stage_and_packing_do_not_change_the_steps(
     bench: Bench, tmp_path: Path, one_rank: tuple[Result, Path]
 ) -> None:
-    found = bench.drive(tmp_path, five_steps, row_tokens=100, ranks=2, zero_stage=3)
+    found = bench.drive(tmp_path, five_steps, micro_batch_tokens=100, ranks=2, zero_stage=3)
     assert found.losses == pytest.approx(one_rank[0].losses, abs=1e-6)
     # AdamW divides by the root of tiny second moments: a rounding error in a gradient can become a part of the step.
+    assert _largest_difference(found.weights, one_rank[0].weights) < 1e-4
+
+
+def test_a_step_in_parts_is_the_step(bench: Bench, tmp_path: Path, one_rank: tuple[Result, Path]) -> None:
+    async def script(learner: LearnerGroup) -> Result:
+        await learner.enter(GRPO)
+        losses = await step(learner, 5, [slice(0, 1), slice(1, 8), slice(8, None)])
+        return Result(losses, read_weights(await learner.publish()))
+
+    found = bench.drive(tmp_path, script, micro_batch_tokens=64)
+    assert found.losses == pytest.approx(one_rank[0].losses, abs=1e-6)
     assert _largest_difference(found.weights, one_rank[0].weights) < 1e-4
 
 
@@ -155,7 +173,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(bench: Bench, one_rank: tuple[Re
         await learner.restore(one_rank[1], GRPO, 3)
         return Result(await step(learner, 2), read_weights(await learner.publish()))
 
-    found = bench.drive(tmp_path, script, row_tokens=64)
+    found = bench.drive(tmp_path, script, micro_batch_tokens=64)
     assert found.losses == one_rank[0].losses[3:]
     assert _largest_difference(found.weights, one_rank[0].weights) == 0.0
 
@@ -164,7 +182,7 @@ def test_lora_trains_adapters_and_projector_and_publishes_them_merged(
     bench: Bench, policy: Path, tmp_path: Path
 ) -> None:
     before = dict(load_policy(policy).state_dict())
-    after = bench.drive(tmp_path, five_steps, lora=LoraConfig(rank=4), row_tokens=64).weights
+    after = bench.drive(tmp_path, five_steps, lora=LoraConfig(rank=4), micro_batch_tokens=64).weights
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert any("q_proj" in name for name in changed)
     assert any("projector" in name for name in changed)

@@ -39,7 +39,7 @@ grpo: {steps: 2, groups_per_step: 2}
 rewards:
   answer: {kind: answer}
 rollout: {max_new_tokens: 32, max_model_tokens: 160}
-learner: {row_tokens: 256}
+learner: {micro_batch_tokens: 256}
 """
 
 Refused = Callable[..., str]

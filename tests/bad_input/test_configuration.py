@@ -70,7 +70,7 @@ COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["rollout.max_new_tokens=128"], ["rollout.max_new_tokens=128", "rollout.max_model_tokens=128",
                                          "raise the second"]),
     "a_completion_fits_into_a_row": (
-        ["learner.row_tokens=48"], ["rollout.max_new_tokens=48", "learner.row_tokens=48", "raise the second"]),
+        ["learner.micro_batch_tokens=48"], ["rollout.max_new_tokens=48", "learner.micro_batch_tokens=48", "raise the second"]),
     "the_batch_divides_over_the_ranks": (
         ["learner.ranks=3", "sft=null"], ["grpo.groups_per_step=4", "learner.ranks=3", "use a multiple of 3"]),
     "the_warm_start_divides_over_the_ranks": (

@@ -98,15 +98,15 @@ CASES: dict[str, tuple[Callable[[], None], list[str], list[str]]] = {
          "at most 6135"]),
     "a demonstration that does not fit into a row": (
         second_row(reasoning=WORDY), [],
-        ["problem train:2: its prompt has ", "its demonstration ", "together more than learner.row_tokens=256",
+        ["problem train:2: its prompt has ", "its demonstration ", "together more than learner.micro_batch_tokens=256",
          "Raise "]),
     "a completion that would not fit into a row": (
-        nothing, ["learner.row_tokens=50"],
-        ["problem train:1: its prompt has ", "rollout.max_new_tokens 32, together more than learner.row_tokens=50",
+        nothing, ["learner.micro_batch_tokens=50"],
+        ["problem train:1: its prompt has ", "rollout.max_new_tokens 32, together more than learner.micro_batch_tokens=50",
          "Raise "]),
     "a row too short for anything": (
-        nothing, ["learner.row_tokens=50", "task.over_long=drop"], ["leaves none of the 2 train problems",
-                                                                    "learner.row_tokens"]),
+        nothing, ["learner.micro_batch_tokens=50", "task.over_long=drop"], ["leaves none of the 2 train problems",
+                                                                    "learner.micro_batch_tokens"]),
 }  # fmt: skip
 
 

@@ -56,15 +56,17 @@ def make_group(ticket: int, trajectories: Sequence[Trajectory], problem: Problem
 
 
 def make_sample(group: int, prompt_tokens: int, continuation_tokens: int, seed: int = 0) -> TrainSample:
-    """Random ids and log-probabilities; one DNA slot at positions 1 and 2 of prompts that have room for it."""
+    """Random ids and log-probabilities, the group's prompt; one DNA slot at positions 1 and 2 where there is room."""
+    prompt_ids = np.random.default_rng([group, prompt_tokens]).integers(1, 50, prompt_tokens)
     random = np.random.default_rng([group, prompt_tokens, continuation_tokens, seed])
     slots = (DnaSlot(1, 2, f"key-{group}"),) if prompt_tokens >= 3 else ()
     return TrainSample(
         group=group,
-        prompt=Prompt(f"p{group}", tuple(int(token) for token in random.integers(1, 50, prompt_tokens)), slots),
+        prompt=Prompt(f"p{group}", tuple(map(int, prompt_ids)), slots),
         continuation_ids_T=random.integers(1, 50, continuation_tokens),
         behavior_logprobs_T=-random.random(continuation_tokens).astype(np.float32),
         versions_T=np.sort(random.integers(0, 4, continuation_tokens)),
         loss_mask_T=np.ones(continuation_tokens, dtype=np.float32),
         advantage=float(random.normal()),
+        token_weight=float(random.random()),
     )

@@ -1,6 +1,7 @@
 """An asyncio event loop whose clock jumps to the next timer: hours of waiting take milliseconds, a deadlock is seen.
 
-Where no task can run and no timer is set, a real loop would sleep for ever; this one raises `Deadlock`.
+Where no task can run and no timer is set, a real loop would sleep for ever; this one raises `Deadlock`. So it does
+where only timers go on for longer than any test takes, and where tasks run for ever without time passing.
 """
 
 from __future__ import annotations
@@ -12,18 +13,30 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+HORIZON_SECONDS = 1e5
+TURNS_AT_ONE_TIME = 100_000
+
 
 class Deadlock(AssertionError):  # noqa: N818
-    """All tasks wait, and nothing will wake them."""
+    """All tasks wait, and nothing will wake them; or they move, and nothing comes of it."""
 
 
 class _JumpingSelector(selectors.SelectSelector):
     now = 0.0
+    turns = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise Deadlock("every task waits and no timer is set")
-        self.now += max(timeout, 0.0)
+        if timeout > 0:
+            self.turns = 0
+            self.now += timeout
+            if self.now > HORIZON_SECONDS:
+                raise Deadlock(f"the run did not end within {HORIZON_SECONDS:.0f} s")
+        self.turns += 1
+        if self.turns > TURNS_AT_ONE_TIME:
+            self.turns = 0
+            raise Deadlock(f"time stands still at {self.now:.1f} s")
         return []
 
 

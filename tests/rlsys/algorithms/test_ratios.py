@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlsys.algorithms.ratios import RatioSums, ratio_metrics, ratio_sums, same_version_mask
+from rlsys.algorithms.ratios import MAX_STALENESS, RatioSums, add_sums, ratio_metrics, ratio_sums
 from rlsys.metrics import METRICS
 
 
@@ -11,72 +11,123 @@ def logs(*probabilities: float) -> torch.Tensor:
     return torch.tensor(probabilities).log()
 
 
+def all_sums(
+    logprobs: torch.Tensor, behavior: torch.Tensor, mask: torch.Tensor, **diagnostics: torch.Tensor
+) -> RatioSums:
+    """Of tokens that are all of the learner's version."""
+    return ratio_sums(logprobs, behavior, mask, torch.zeros_like(mask).long(), **diagnostics).get(0, RatioSums.zero())
+
+
 def test_sums_are_those_of_the_ratios() -> None:
     # ρ = 2 and 0.5; |log ρ| = log 2 both; k3: 2 - 1 - log 2 and 0.5 - 1 + log 2, mean 0.25
-    sums = ratio_sums(logs(0.4, 0.1), logs(0.2, 0.2), torch.ones(2), clipped=torch.tensor([1.0, 0.0]))
+    sums = all_sums(
+        logs(0.4, 0.1), logs(0.2, 0.2), torch.ones(2), clipped=torch.tensor([1.0, 0.0]), masked=torch.tensor([1.0, 1.0])
+    )
     assert sums.tokens == 2
     assert sums.ratio_mean == pytest.approx(1.25)
     assert sums.kl_k3 == pytest.approx(0.25)
     assert sums.abs_diff_mean == pytest.approx(math.log(2))
     assert sums.ess == pytest.approx(2.5**2 / (2 * 4.25))
     assert sums.clipped_fraction == 0.5
+    assert sums.masked_fraction == 1
 
 
 def test_the_greatest_difference_counts_in_both_directions() -> None:
-    sums = ratio_sums(logs(0.3, 0.05), logs(0.2, 0.5), torch.ones(2))
+    sums = all_sums(logs(0.3, 0.05), logs(0.2, 0.5), torch.ones(2))
     assert sums.abs_diff_max == pytest.approx(math.log(10))
-    assert sums.clipped_fraction == 0
+    assert (sums.clipped_fraction, sums.masked_fraction) == (0, 0)
 
 
 def test_masked_tokens_do_not_count() -> None:
     logprobs, behavior = torch.tensor([-1.0, math.nan, -math.inf]), torch.tensor([-1.5, 0.0, -1.0])
-    masked = ratio_sums(logprobs, behavior, torch.tensor([1.0, 0.0, 0.0]), clipped=torch.ones(3))
-    assert masked == ratio_sums(logprobs[:1], behavior[:1], torch.ones(1), clipped=torch.ones(1))
+    ones, staleness = torch.ones(3), torch.tensor([2, -7, 2])
+    masked = ratio_sums(logprobs, behavior, torch.tensor([1.0, 0.0, 0.0]), staleness, clipped=ones, masked=ones)
+    alone = ratio_sums(logprobs[:1], behavior[:1], ones[:1], staleness[:1], clipped=ones[:1], masked=ones[:1])
+    assert masked == alone
+    assert masked.keys() == {2}
+
+
+def random_arguments() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logprobs, behavior = -torch.rand(2, 5, 12, generator=generator)
+    draw = torch.rand(3, 5, 12, generator=generator)
+    return {
+        "logprobs": logprobs,
+        "behavior_logprobs": behavior,
+        "mask": (draw[0] > 0.2).float(),
+        "staleness": torch.randint(0, 12, (5, 12), generator=generator),
+        "clipped": (draw[1] > 0.5).float(),
+        "masked": (draw[2] > 0.7).float(),
+    }
+
+
+def test_sums_by_staleness_are_those_of_each_staleness_alone() -> None:
+    arguments = random_arguments()
+    sums = ratio_sums(**arguments)
+    assert set(sums) == set(range(MAX_STALENESS + 1))
+    for stale, of_stale in sums.items():
+        same = arguments["staleness"].clamp(max=8) == stale
+        chosen = {name: value[same & (arguments["mask"] > 0)] for name, value in arguments.items()}
+        del chosen["staleness"]
+        alone = all_sums(chosen.pop("logprobs"), chosen.pop("behavior_logprobs"), **chosen)
+        for name, value in vars(alone).items():
+            assert getattr(of_stale, name) == pytest.approx(value, rel=1e-12), name
 
 
 def test_parts_add_up_to_the_whole() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logprobs, behavior = -torch.rand(2, 30, generator=generator)
-    clipped = (torch.rand(30, generator=generator) > 0.5).float()
-    whole = ratio_sums(logprobs, behavior, torch.ones(30), clipped)
-    cuts = [slice(0, 7), slice(7, 8), slice(8, 30)]
-    parts = [ratio_sums(logprobs[cut], behavior[cut], torch.ones_like(logprobs[cut]), clipped[cut]) for cut in cuts]
-    added = sum(parts, RatioSums.zero())
-    for name, value in vars(whole).items():
-        assert getattr(added, name) == pytest.approx(value, rel=1e-14), name
+    arguments = random_arguments()
+    whole = ratio_sums(**arguments)
+    parts = [ratio_sums(**{name: value[rows] for name, value in arguments.items()})
+             for rows in (slice(0, 1), slice(1, 4), slice(4, 5))]  # fmt: skip
+    added = add_sums(parts[::-1])
+    assert list(added) == list(whole)
+    for stale, sums in whole.items():
+        for name, value in vars(sums).items():
+            assert getattr(added[stale], name) == pytest.approx(value, rel=1e-14), name
 
 
 def test_no_tokens_are_no_difference() -> None:
-    empty = ratio_sums(torch.zeros(0), torch.zeros(0), torch.zeros(0))
-    assert empty == RatioSums.zero()
+    for size in (0, 2):
+        zeros = torch.zeros(size)
+        assert ratio_sums(zeros, zeros, zeros, zeros.long()) == {}
+    empty = RatioSums.zero()
     assert (empty.kl_k3, empty.ratio_mean, empty.ess, empty.clipped_fraction, empty.abs_diff_max) == (0, 1, 1, 0, 0)
-    assert ratio_metrics(empty, empty) == {}
+    assert ratio_metrics({}) == {}
+    assert add_sums([]) == {}
 
 
 def test_a_tiny_mismatch_is_measured_and_not_rounded_away() -> None:
     # k3 for small x = log ρ is x²/2: 5e-9 at x = 1e-4, below what float32 keeps of 1 + 1e-4.
     logprobs = torch.tensor([-1.0], dtype=torch.float64)
-    assert ratio_sums(logprobs + 1e-4, logprobs, torch.ones(1)).kl_k3 == pytest.approx(5e-9, rel=1e-3)
+    assert all_sums(logprobs + 1e-4, logprobs, torch.ones(1)).kl_k3 == pytest.approx(5e-9, rel=1e-3)
+
+
+def test_a_token_of_a_version_to_come_is_refused() -> None:
+    with pytest.raises(AssertionError, match="version"):
+        ratio_sums(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.tensor([-1]))
 
 
 def test_mismatch_is_measured_on_the_learners_own_version_only() -> None:
-    mask, versions = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([6, 7, 7, 7])
-    same = same_version_mask(mask, versions, learner_version=7)
-    assert same.tolist() == [0, 1, 0, 1]
+    mask, staleness = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1, 0, 0, 0])
     logprobs, behavior = torch.tensor([-1.0, -1.0, -1.0, -1.0]), torch.tensor([-3.0, -1.0, -5.0, -1.5])
-    metrics = ratio_metrics(ratio_sums(logprobs, behavior, mask), ratio_sums(logprobs, behavior, same))
+    metrics = ratio_metrics(ratio_sums(logprobs, behavior, mask, staleness))
     assert metrics["train/logprob_abs_max"] == 2
     assert metrics["train/mismatch_abs_max"] == 0.5
     assert metrics["train/mismatch_abs_mean"] == 0.25
     assert metrics["train/mismatch_tokens"] == 2
+    assert metrics["off_policy/logprob_abs_mean_staleness_0"] == 0.25
+    assert metrics["off_policy/logprob_abs_mean_staleness_1"] == 2
+    # one token: all ratios are equal; k3 of log ρ = 2
+    assert metrics["off_policy/ess_staleness_1"] == pytest.approx(1)
+    assert metrics["off_policy/kl_staleness_1"] == pytest.approx(math.e**2 - 3)
 
 
 def test_without_tokens_of_the_learners_version_no_mismatch_is_reported() -> None:
-    metrics = ratio_metrics(ratio_sums(torch.zeros(1), torch.zeros(1), torch.ones(1)), RatioSums.zero())
+    metrics = ratio_metrics(ratio_sums(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.ones(1).long()))
     assert metrics["train/mismatch_tokens"] == 0
     assert "train/mismatch_kl" not in metrics
+    assert "off_policy/kl_staleness_0" not in metrics
 
 
 def test_the_metrics_are_listed() -> None:
-    sums = ratio_sums(torch.zeros(1), torch.zeros(1), torch.ones(1))
-    assert ratio_metrics(sums, sums).keys() <= METRICS.keys()
+    assert ratio_metrics(ratio_sums(**random_arguments())).keys() <= METRICS.keys()

@@ -1,11 +1,20 @@
 import numpy as np
 import pytest
 
-from rlsys.data.samples import demonstration_sample, group_samples, token_versions, tokens_in_loss
-from rlsys.types import FinishReason, Prompt
+from rlsys.algorithms.aggregation import Aggregation
+from rlsys.data.samples import batch_samples, demonstration_samples, token_versions, tokens_in_loss
+from rlsys.types import FinishReason, Prompt, TrainSample, TrajectoryGroup
 from tests.rlsys.groups import make_group, make_trajectory
 
 NAN = float("nan")
+
+
+def group_samples(group: TrajectoryGroup, advantages_G: np.ndarray, mask_truncated: bool = False) -> list[TrainSample]:
+    """The samples of a step of one group."""
+    return batch_samples(
+        [group], [advantages_G], aggregation="token_mean", num_trajectories=len(advantages_G), max_new_tokens=10,
+        mask_truncated=mask_truncated,
+    )  # fmt: skip
 
 
 def test_a_sample_holds_the_tokens_of_its_trajectory_and_the_ticket_of_its_group() -> None:
@@ -50,12 +59,32 @@ def test_version_spans_that_leave_out_tokens_are_refused() -> None:
         token_versions(completion)
 
 
-def test_a_demonstration_counts_whole_with_advantage_1() -> None:
-    sample = demonstration_sample(4, Prompt("p", (1, 2), ()), [8, 9])
-    assert (sample.group, sample.advantage, sample.num_tokens) == (4, 1.0, 4)
-    assert sample.continuation_ids_T.tolist() == [8, 9]
-    assert sample.loss_mask_T.tolist() == [1, 1]
-    assert sample.behavior_logprobs_T.tolist() == sample.versions_T.tolist() == [0, 0]
+@pytest.mark.parametrize(
+    ("aggregation", "weights"),
+    [
+        ("token_mean", [1 / 6, 1 / 6, 1 / 6]),  # 1 + 2 + 3 tokens count
+        ("sequence_mean", [1 / (4 * 1), 1 / (4 * 2), 1 / (4 * 3)]),  # 4 trajectories were taken, 3 count
+        ("constant", [1 / (4 * 10)] * 3),
+    ],
+)
+def test_every_sample_carries_its_weight_in_the_step(aggregation: Aggregation, weights: list[float]) -> None:
+    first = make_group(0, [make_trajectory([(0, 1)]), make_trajectory([(0, 5)], NAN)])
+    second = make_group(1, [make_trajectory([(0, 2)]), make_trajectory([(0, 3)])])
+    samples = batch_samples(
+        [first, second], [np.array([0.0, NAN]), np.zeros(2)], aggregation=aggregation, num_trajectories=4,
+        max_new_tokens=10,
+    )  # fmt: skip
+    assert [sample.token_weight for sample in samples] == pytest.approx(weights)
+
+
+def test_demonstrations_count_whole_with_advantage_1_and_equal_tokens() -> None:
+    prompt = Prompt("p", (1, 2), ())
+    first, second = demonstration_samples([(prompt, [8, 9]), (prompt, [7, 7, 7])])
+    assert (first.group, second.group, first.advantage, first.num_tokens) == (0, 1, 1.0, 4)
+    assert first.continuation_ids_T.tolist() == [8, 9]
+    assert first.loss_mask_T.tolist() == [1, 1]
+    assert first.behavior_logprobs_T.tolist() == first.versions_T.tolist() == [0, 0]
+    assert first.token_weight == second.token_weight == 1 / 5
 
 
 def test_tokens_in_the_loss_are_counted_for_every_group_of_the_batch() -> None:

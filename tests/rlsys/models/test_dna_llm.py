@@ -3,13 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
 
+from rlsys.data.packing import pack
 from rlsys.errors import ConfigError
 from rlsys.models.dna_llm import DnaLlm, DnaLlmConfig, register_auto_classes, sequence_inputs
+from rlsys.models.packed_attention import PACKED
+from rlsys.models.packing_check import packed_arguments
+from rlsys.types import Prompt, TrainSample
 from tests.rlsys.models.tiny_models import PAD, VOCABULARY, WIDTH, features, prompt, text_config, tiny_policy
 
 LENGTHS = ((5, 3), (9,), (4,))
@@ -34,43 +39,56 @@ def alone(model: DnaLlm, temperature: float = 1.0) -> Tensor:
 
 
 def packed_inputs() -> dict[str, Any]:
-    """The three sequences in a batch of two rows: [0, 1, padding] and [2, padding], padding a segment of its own."""
-    total = 70
-    ids = torch.zeros(2, total, dtype=torch.long)
-    positions = torch.arange(total).repeat(2, 1)
-    slots, targets, predictors, arrays = [], [], [], []
-    cursor = [0, 0]
-    for (one, rows, continuation), row in zip(sequences(), (0, 0, 1), strict=True):
-        start, length = cursor[row], len(one.token_ids) + len(continuation)
-        ids[row, start : start + length] = torch.tensor([*one.token_ids, *continuation])
-        positions[row, start : start + length] = torch.arange(length)
-        slots += [[row, start + slot.start, slot.length] for slot in one.slots]
-        first = row * total + start + len(one.token_ids)
-        predictors += range(first - 1, first - 1 + len(continuation))
-        targets += continuation
-        arrays += rows
-        cursor[row] += length
-        positions[row, cursor[row] :] = torch.arange(total - cursor[row])
-    return {
-        "input_ids": ids, "position_ids": positions, "features": arrays, "slots": torch.tensor(slots),
-        "predictor_positions": torch.tensor(predictors), "target_ids": torch.tensor(targets),
-    }  # fmt: skip
+    """The three sequences in one line, as a micro-batch has them, and the features of their slots."""
+    samples: list[TrainSample] = []
+    arrays: dict[str, Tensor] = {}
+    for index, (one, rows, continuation) in enumerate(sequences()):
+        keys = [f"{index}-{number}" for number in range(len(rows))]
+        slots = tuple(slot._replace(key=key) for slot, key in zip(one.slots, keys, strict=True))
+        arrays |= dict(zip(keys, rows, strict=True))
+        samples.append(sample(index, Prompt(one.problem_id, one.token_ids, slots), continuation))
+    return line(samples, arrays)
+
+
+def sample(group: int, one: Prompt, continuation: list[int]) -> TrainSample:
+    zeros, ones = np.zeros(len(continuation), np.float32), np.ones(len(continuation), np.float32)
+    return TrainSample(group, one, np.array(continuation), zeros, zeros.astype(np.int64), ones, 1.0, 1.0)
+
+
+def line(samples: list[TrainSample], arrays: dict[str, Tensor]) -> dict[str, Any]:
+    """Forward arguments of samples packed into one line, their targets in the order of the samples."""
+    ((batch,),) = pack(samples, micro_batch_tokens=1000, num_ranks=1, pad_token_id=0)
+    arguments: dict[str, Any] = packed_arguments(batch, "cpu")
+    order = torch.from_numpy(np.argsort(batch.sequences_N, kind="stable"))
+    return arguments | {
+        "features": [arrays[slot.key] for slot in batch.slots],
+        "predictor_positions": arguments["predictor_positions"][order],
+        "target_ids": arguments["target_ids"][order],
+    }
+
+
+def packed_policy(tied: bool = True) -> DnaLlm:
+    """A policy with the attention that the learner uses."""
+    model = tiny_policy(tied=tied)
+    model.set_attn_implementation(PACKED)
+    return model
 
 
 def test_packed_sequences_equal_separate_ones_in_value_and_gradient() -> None:
-    model = tiny_policy()
-    separate, packed = alone(model), model(**packed_inputs()).logprobs
+    # Separate sequences run through torch's own attention, not through ours.
+    model, packing = tiny_policy(), packed_policy()
+    separate, packed = alone(model), packing(**packed_inputs()).logprobs
     torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
     weights = torch.randn(len(separate), generator=torch.Generator().manual_seed(0))
     expected = torch.autograd.grad((separate * weights).sum(), list(model.parameters()))
     for gradient, reference in zip(
-        torch.autograd.grad((packed * weights).sum(), list(model.parameters())), expected, strict=True
+        torch.autograd.grad((packed * weights).sum(), list(packing.parameters())), expected, strict=True
     ):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_logprobs_are_those_of_the_full_logits_at_the_temperature() -> None:
-    model = tiny_policy(tied=False)
+    model = packed_policy(tied=False)
     inputs = packed_inputs()
     scored = model(**inputs, temperature=0.6, logprob_chunk=3)
     predictors, targets = inputs.pop("predictor_positions"), inputs.pop("target_ids")
@@ -80,32 +98,38 @@ def test_logprobs_are_those_of_the_full_logits_at_the_temperature() -> None:
     torch.testing.assert_close(scored.entropies, -(expected.exp() * expected).sum(-1))
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_completions_of_a_shared_prompt_equal_separate_sequences(implementation: str) -> None:
-    model = tiny_policy()
-    model.set_attn_implementation(implementation)
+def test_completions_of_a_shared_prompt_equal_separate_sequences_in_value_and_gradient() -> None:
+    model, packing = tiny_policy(), packed_policy()
     one, arrays = prompt([5, 3]), [torch.from_numpy(features(5, 1)), torch.from_numpy(features(3, 2))]
     completions = [[11, 12, 13], [14, PAD, 15, 16], [17]]
     expected = torch.cat([model(**sequence_inputs(one.token_ids, one.slots, arrays, c)).logprobs for c in completions])
-    length = len(one.token_ids)
-    ids, positions, segments = list(one.token_ids), list(range(length)), [0] * length
-    predictors: list[int] = []
-    for index, completion in enumerate(completions):
-        predictors += [length - 1, *range(len(ids), len(ids) + len(completion) - 1)]
-        ids += completion
-        positions += range(length, length + len(completion))
-        segments += [index + 1] * len(completion)
-    output = model(
-        torch.tensor([ids]), torch.tensor([positions]), arrays,
-        torch.tensor([[0, slot.start, slot.length] for slot in one.slots]),
-        segment_ids=torch.tensor([segments]), visible_segment_ids=torch.zeros(1, len(ids), dtype=torch.long),
-        predictor_positions=torch.tensor(predictors), target_ids=torch.tensor([t for c in completions for t in c]),
-    )  # fmt: skip
-    torch.testing.assert_close(output.logprobs, expected, rtol=1e-5, atol=1e-5)
+    keyed = Prompt("p", one.token_ids, tuple(slot._replace(key=str(k)) for k, slot in enumerate(one.slots)))
+    inputs = line([sample(0, keyed, c) for c in completions], {str(k): array for k, array in enumerate(arrays)})
+    assert inputs["input_ids"].shape == (1, len(one.token_ids) + 8), "the prompt is there once"
+    found = packing(**inputs).logprobs
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(0))
+    references = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
+    gradients = torch.autograd.grad((found * weights).sum(), list(packing.parameters()))
+    for gradient, reference in zip(gradients, references, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_entropies_carry_a_gradient_where_it_is_asked_for() -> None:
+    model = packed_policy()
+    assert not model(**packed_inputs()).entropies.requires_grad
+    entropies = model(**packed_inputs(), entropy_gradient=True).entropies
+    (gradient,) = torch.autograd.grad(entropies.sum(), [model.get_input_embeddings().weight])
+    assert float(gradient.abs().max()) > 0
+
+
+def test_packed_sequences_are_refused_by_an_attention_that_does_not_know_them() -> None:
+    with pytest.raises(ConfigError, match="'sdpa' does not know packed sequences"):
+        tiny_policy()(**packed_inputs())
 
 
 def test_the_ids_in_a_slot_are_not_read_and_a_pad_elsewhere_is_a_token() -> None:
-    model = tiny_policy()
+    model = packed_policy()
     inputs = packed_inputs()
     expected = model(**inputs).logprobs
     in_slot, elsewhere = inputs["input_ids"].clone(), inputs["input_ids"].clone()

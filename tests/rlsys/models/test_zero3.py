@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rlsys.models.dna_llm import DnaLlm, sequence_inputs
 from rlsys.models.lora import LoraOptions, apply_lora, merged_state_dict
+from rlsys.models.packed_attention import PACKED
 from rlsys.models.packing_check import check_packing
 from tests.rlsys.models.tiny_models import features, prompt, tiny_policy
 
@@ -23,6 +24,7 @@ RANKS, STEPS, LEARNING_RATE = 2, 2, 0.05
 
 def policy(with_lora: bool) -> DnaLlm:
     model = tiny_policy()
+    model.set_attn_implementation(PACKED)
     if with_lora:
         apply_lora(model, LoraOptions(r=4, alpha=8), seed=0)
     return model.train()

@@ -10,7 +10,7 @@ import pytest
 from rlsys.errors import CheckpointError
 from rlsys.pipeline.buffer import Admission, BufferClosed, TrajectoryBuffer
 from rlsys.pipeline.ledger import DropReason
-from rlsys.pipeline.staleness import StrictStaleness
+from rlsys.pipeline.staleness import EvictStaleness, StrictStaleness, WindowedStaleness
 from tests.rlsys.groups import make_group, make_problem, make_trajectory
 from tests.rlsys.virtual_time import Deadlock, run_virtual
 
@@ -135,10 +135,107 @@ def test_only_a_batch_that_was_taken_is_recorded_as_trained() -> None:
         buffer = TrajectoryBuffer(StrictStaleness(0, 1))
         await admit(buffer, 1)
         put(buffer, 0)
-        with pytest.raises(AssertionError, match="group 0 is recorded as trained"):
+        with pytest.raises(AssertionError, match=r"groups \[0\] are recorded as trained, but \[\] are in training"):
             buffer.record_trained(tokens(0))
 
     run_virtual(run())
+
+
+def test_a_batch_is_recorded_as_a_whole() -> None:
+    async def run() -> None:
+        buffer = TrajectoryBuffer(StrictStaleness(0, 2))
+        await admit(buffer, 2)
+        put(buffer, 0, 1)
+        await buffer.take_batch(0)
+        with pytest.raises(AssertionError, match=r"groups \[0\] are recorded as trained, but \[0, 1\] are in training"):
+            buffer.record_trained(tokens(0))
+
+    run_virtual(run())
+
+
+def test_a_batch_is_streamed_as_its_groups_finish() -> None:
+    async def run() -> None:
+        buffer = TrajectoryBuffer(StrictStaleness(1, 3))
+        await admit(buffer, 6)
+        put(buffer, 4, 2, 1)
+        assert [group.ticket for group in await buffer.take_next(0)] == [1, 2]
+        taking = asyncio.create_task(buffer.take_next(0))
+        assert await is_waiting(taking)  # 4 is in the batch only if 0 and 3 are dropped
+        buffer.drop(0, DropReason.FILTERED, tokens=3)
+        assert await is_waiting(taking)
+        buffer.drop(3, DropReason.FILTERED, tokens=3)
+        assert [group.ticket for group in await taking] == [4]
+        with pytest.raises(AssertionError, match="the batch is full"):
+            await buffer.take_next(0)
+        buffer.record_trained(tokens(1, 2, 4))
+        put(buffer, 5)
+        assert [group.ticket for group in await buffer.take_next(1)] == [5]
+        with pytest.raises(AssertionError, match="a batch is begun"):
+            await buffer.take_batch(1)
+
+    run_virtual(run())
+
+
+def test_a_slow_group_is_passed_by_the_window_and_no_more() -> None:
+    async def run() -> None:
+        buffer = TrajectoryBuffer(WindowedStaleness(3, 2, window=3))
+        await admit(buffer, 5)
+        put(buffer, 1, 2, 3, 4)
+        assert [group.ticket for group in await buffer.take_batch(0)] == [1, 2]
+        buffer.record_trained(tokens(1, 2))
+        buffer.release([1, 2])
+        taking = asyncio.create_task(buffer.take_batch(1))
+        assert await is_waiting(taking)  # 3 and 4 would be the third and fourth to pass 0
+        put(buffer, 0)
+        assert [group.ticket for group in await taking] == [0, 3]
+
+    run_virtual(run())
+
+
+def test_eviction_gives_the_slot_back_and_counts_the_tokens() -> None:
+    async def run() -> None:
+        buffer = TrajectoryBuffer(EvictStaleness(0, 1))
+        await admit(buffer, 1)
+        put(buffer, 0, version=0)
+        taking = asyncio.create_task(buffer.take_batch(1))
+        assert await is_waiting(taking)
+        assert 0 not in buffer
+        assert buffer.num_held == 0
+        assert buffer.ledger.counts().tokens_discarded[DropReason.STALE] == 3
+        await admit(buffer, 1)
+        put(buffer, 1, version=1)
+        assert [group.ticket for group in await taking] == [1]
+
+    run_virtual(run())
+
+
+def test_the_buffer_contains_what_may_still_be_trained() -> None:
+    async def run() -> None:
+        buffer = await buffer_in_all_states()
+        assert [ticket for ticket in range(6) if ticket in buffer] == [1, 2, 3]
+
+    run_virtual(run())
+
+
+def test_a_wait_over_its_deadline_says_who_waited_for_what() -> None:
+    async def run() -> list[str]:
+        buffer = TrajectoryBuffer(StrictStaleness(0, 3), deadline_seconds=60)
+        await admit(buffer, 3)
+        put(buffer, 2)
+        waits = asyncio.gather(admit(buffer, 1), buffer.take_batch(0), return_exceptions=True)
+        await asyncio.sleep(59)
+        assert not waits.done()
+        return [f"{type(error).__name__} {error}" for error in await waits]
+
+    held = (
+        "the buffer holds 2 groups in flight (the oldest is 0), 1 finished, 0 in training and 0 trained whose weights "
+        "are not live; it has 3 slots"
+    )
+    assert run_virtual(run()) == [
+        f"RoleError rollout_worker: admit (waiting for a slot) did not end within 60 s, its deadline\n{held}",
+        "RoleError learner: take_batch (waiting for 3 of the 3 groups that version 0 still trains on) did not end "
+        f"within 60 s, its deadline\n{held}",
+    ]
 
 
 async def buffer_in_all_states() -> TrajectoryBuffer:
@@ -165,6 +262,37 @@ def test_a_snapshot_keeps_what_is_neither_trained_nor_dropped() -> None:
         assert [group.ticket for group in await restored.take_batch(1)] == [1]
         assert (await admit(restored, 1))[0].ticket == 5
         restored.ledger.check()
+
+    run_virtual(run())
+
+
+def test_a_snapshot_in_the_middle_of_a_streamed_batch_gives_all_of_it_back() -> None:
+    async def run() -> None:
+        buffer = TrajectoryBuffer(WindowedStaleness(2, 2, window=2))
+        await admit(buffer, 4)
+        put(buffer, 3, 1)
+        assert [group.ticket for group in await buffer.take_next(0)] == [1, 3]
+        assert buffer.snapshot().passers == ()  # nobody has passed 0: neither 1 nor 3 is trained
+        restored = TrajectoryBuffer.restore(WindowedStaleness(2, 2, window=2), buffer.snapshot(), learner_version=0)
+        assert [admission.ticket for admission in restored.in_flight()] == [0, 2]
+        put(restored, 0)
+        assert [group.ticket for group in await restored.take_batch(0)] == [0, 1]
+
+    run_virtual(run())
+
+
+def test_a_snapshot_knows_how_often_a_group_was_passed() -> None:
+    async def run() -> None:
+        policy = WindowedStaleness(2, 2, window=2)
+        buffer = TrajectoryBuffer(policy)
+        await admit(buffer, 4)
+        put(buffer, 1, 2, 3)
+        await buffer.take_batch(0)
+        buffer.record_trained(tokens(1, 2))
+        restored = TrajectoryBuffer.restore(policy, buffer.snapshot(), learner_version=1)
+        await admit(restored, 1)
+        put(restored, 4)
+        assert await is_waiting(asyncio.create_task(restored.take_batch(1)))
 
     run_virtual(run())
 

@@ -7,27 +7,32 @@ from rlsys.pipeline.ledger import DropReason, Ledger
 
 
 def ledger_with_all_ends() -> Ledger:
-    """Tickets 0..4: trained (10 tokens, 3 masked), filtered (20), failed (5), finished (7), in flight."""
+    """Tickets 0..5: trained (10 tokens, 3 masked), filtered (20), failed (5), finished (7), in flight, stale (8)."""
     ledger = Ledger()
-    for ticket in range(5):
+    for ticket in range(6):
         ledger.admit(ticket)
-    for ticket, tokens in [(0, 10), (1, 20), (2, 5), (3, 7)]:
+    for ticket, tokens in [(0, 10), (1, 20), (2, 5), (3, 7), (5, 8)]:
         ledger.generate(ticket, tokens)
     ledger.train(0, trained_tokens=7, masked_tokens=3)
     ledger.drop(1, DropReason.FILTERED)
     ledger.drop(2, DropReason.FAILED)
+    ledger.drop(5, DropReason.STALE)
     return ledger
+
+
+def ends(**numbers: int) -> dict[DropReason, int]:
+    return {DropReason(name): number for name, number in numbers.items()}
 
 
 def test_groups_and_tokens_reconcile() -> None:
     ledger = ledger_with_all_ends()
     ledger.check()
     counts = ledger.counts()
-    assert (counts.groups_admitted, counts.groups_trained, counts.groups_in_flight) == (5, 1, 2)
-    assert counts.groups_dropped == {DropReason.FILTERED: 1, DropReason.FAILED: 1, DropReason.CANCELLED: 0}
-    assert (counts.tokens_generated, counts.tokens_trained, counts.tokens_masked) == (42, 7, 3)
+    assert (counts.groups_admitted, counts.groups_trained, counts.groups_in_flight) == (6, 1, 2)
+    assert counts.groups_dropped == ends(filtered=1, failed=1, cancelled=0, stale=1)
+    assert (counts.tokens_generated, counts.tokens_trained, counts.tokens_masked) == (50, 7, 3)
     assert counts.tokens_in_flight == 7
-    assert counts.tokens_discarded == {DropReason.FILTERED: 20, DropReason.FAILED: 5, DropReason.CANCELLED: 0}
+    assert counts.tokens_discarded == ends(filtered=20, failed=5, cancelled=0, stale=8)
 
 
 def test_tokens_that_the_learner_never_read_are_found() -> None:
@@ -67,7 +72,16 @@ def test_a_snapshot_survives_json_and_goes_on_counting() -> None:
     ledger.drop(4, DropReason.CANCELLED)
     ledger.train(3, trained_tokens=7, masked_tokens=0)
     ledger.check()
-    assert ledger.counts().tokens_generated == 48
+    assert ledger.counts().tokens_generated == 56
+
+
+def test_a_snapshot_from_before_a_reason_was_known_counts_none_of_it() -> None:
+    snapshot = Ledger().snapshot()
+    del snapshot["groups_dropped"]["stale"], snapshot["tokens_discarded"]["stale"]
+    ledger = Ledger.restore(snapshot)
+    ledger.admit(0)
+    ledger.drop(0, DropReason.STALE)
+    assert ledger.counts().groups_dropped == ends(filtered=0, failed=0, cancelled=0, stale=1)
 
 
 def test_the_metrics_are_listed() -> None:

@@ -1,7 +1,11 @@
+import asyncio
+
 import pytest
 
+from rlsys.errors import RoleError
 from rlsys.metrics import METRICS
-from rlsys.pipeline.waits import Cause, Role, WaitClock
+from rlsys.pipeline.waits import WAITS, Cause, Role, WaitClock, within
+from tests.rlsys.virtual_time import run_virtual
 
 WORKER, LEARNER = Role.ROLLOUT_WORKER, Role.LEARNER
 
@@ -160,6 +164,17 @@ def test_workers_that_wait_for_features_more_than_they_work_pass_the_blame_on() 
     assert sentence == "learner waits 70 % for groups; the embedding service is the bottleneck"
 
 
+def test_workers_whose_weights_wait_for_an_evaluation_blame_it() -> None:
+    sentence = bottleneck_of({(WORKER, Cause.EVALUATION): 30, (WORKER, None): 70, (LEARNER, Cause.EVALUATION): 20})
+    assert sentence == "rollout workers wait 30 % for an evaluation; the evaluation is the bottleneck"
+
+
+@pytest.mark.parametrize("role", [WORKER, LEARNER])
+def test_every_wait_has_a_sentence(role: Role) -> None:
+    for cause in WAITS[role]:
+        assert bottleneck_of({(role, cause): 50, (role, None): 50}).endswith(" the bottleneck")
+
+
 def test_short_waits_are_no_bottleneck() -> None:
     sentence = bottleneck_of({(LEARNER, Cause.GROUPS): 4, (WORKER, Cause.STALENESS_GATE): 4})
     assert sentence == "no role waits for more than 5 % of its time; the run is balanced"
@@ -172,3 +187,32 @@ def test_the_metrics_are_listed_and_leave_out_roles_without_members() -> None:
     assert values.keys() <= METRICS.keys()
     assert "time/learner_groups_fraction" in values
     assert not any(name.startswith("time/embedding_service") for name in values)
+
+
+async def answer_after(seconds: float) -> str:
+    await asyncio.sleep(seconds)
+    return "answer"
+
+
+def test_what_comes_before_its_deadline_is_returned() -> None:
+    assert run_virtual(within(10, answer_after(9), role="learner", call="step")) == "answer"
+    assert run_virtual(within(None, answer_after(9e4), role="learner", call="step")) == "answer"
+
+
+def test_what_misses_its_deadline_is_named_and_cancelled() -> None:
+    async def run() -> None:
+        call = asyncio.ensure_future(answer_after(11))
+        with pytest.raises(RoleError) as raised:
+            await within(10, call, role="learner", call="step 7", state=lambda: "two ranks answered")
+        assert str(raised.value) == "learner: step 7 did not end within 10 s, its deadline\ntwo ranks answered"
+        assert call.cancelled()
+
+    run_virtual(run())
+
+
+def test_a_timeout_of_the_call_itself_is_not_taken_for_the_deadline() -> None:
+    async def fail() -> None:
+        raise TimeoutError("of the call")
+
+    with pytest.raises(TimeoutError, match="of the call"):
+        run_virtual(within(10, fail(), role="learner", call="step"))

@@ -12,7 +12,7 @@ from rlsys.config import KeggTask, VariantConsequenceTask
 from rlsys.data.prompts import OverLongPromptError, PromptRenderer
 from rlsys.errors import DataError
 from rlsys.models.tiny_bpe import train_bpe_tokenizer
-from rlsys.tasks.loading import RowRoom, fit_task, load_task
+from rlsys.tasks.loading import LearnerRoom, fit_task, load_task
 
 TOKENIZER = train_bpe_tokenizer([], 300)
 
@@ -118,14 +118,14 @@ def test_a_training_prompt_must_fit_a_row_together_with_what_follows_it(tmp_path
     demonstrations = [len(plain.demonstration_ids(problem)) for problem in data.splits["train"]]
     longest = max(map(sum, zip(prompts, demonstrations, strict=True)))
     assert prompts[1] > prompts[0] + 50  # so the second training problem is the one that does not fit
-    fit_task(data, plain, RowRoom(longest, max_new_tokens=1, has_demonstrations=True))
+    fit_task(data, plain, LearnerRoom(longest, max_new_tokens=1, has_demonstrations=True))
     with pytest.raises(
         OverLongPromptError, match=rf"train:2.* {prompts[1]} tokens and its demonstration {demonstrations[1]}"
     ):
-        fit_task(data, plain, RowRoom(longest - 1, max_new_tokens=1, has_demonstrations=True))
-    fit_task(data, plain, RowRoom(prompts[1] + 9, max_new_tokens=9, has_demonstrations=False))
+        fit_task(data, plain, LearnerRoom(longest - 1, max_new_tokens=1, has_demonstrations=True))
+    fit_task(data, plain, LearnerRoom(prompts[1] + 9, max_new_tokens=9, has_demonstrations=False))
     with pytest.raises(OverLongPromptError, match=rf"train:2.* {prompts[1]} tokens and rollout\.max_new_tokens 9"):
-        fit_task(data, plain, RowRoom(prompts[1] + 8, max_new_tokens=9, has_demonstrations=False))
+        fit_task(data, plain, LearnerRoom(prompts[1] + 8, max_new_tokens=9, has_demonstrations=False))
 
 
 def test_held_out_prompts_are_never_in_a_row(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_held_out_prompts_are_never_in_a_row(tmp_path: Path) -> None:
     plain = renderer(500)
     longest = max(len(plain.render(problem).token_ids) for problem in data.splits["train"])
     assert len(plain.render(data.splits["test"][1]).token_ids) > longest + 1
-    fit_task(data, plain, RowRoom(longest + 1, max_new_tokens=1, has_demonstrations=False))
+    fit_task(data, plain, LearnerRoom(longest + 1, max_new_tokens=1, has_demonstrations=False))
 
 
 def test_what_is_wrong_with_a_problem_beside_its_length_is_never_dropped(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""From groups to samples by the configured algorithm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlsys.config_grpo import GrpoConfig
+from rlsys.data.batches import BatchMaker, pass_rate
+from rlsys.pipeline.ledger import DropReason
+from rlsys.types import FinishReason, TrajectoryGroup
+from tests.rlsys.groups import make_group, make_trajectory
+
+NAN = float("nan")
+
+
+def maker(**grpo: Any) -> BatchMaker:
+    config = {"steps": 1, "groups_per_step": 2, "group_size": 2, **grpo}
+    return BatchMaker(GrpoConfig.model_validate(config), max_new_tokens=10)
+
+
+def group(*rewards: float, tokens: int = 3) -> TrajectoryGroup:
+    return make_group(0, [make_trajectory([(0, tokens)], reward) for reward in rewards])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "reason"),
+    [
+        ((1.0, 0.0), None),
+        ((1.0, 1.0), DropReason.FILTERED),
+        ((1.0, NAN), DropReason.FAILED),  # one reward has nothing to be compared with
+        ((1.0, 1.0, NAN), DropReason.FILTERED),
+    ],
+)
+def test_a_group_that_teaches_nothing_is_dropped_with_its_reason(
+    rewards: tuple[float, ...], reason: DropReason | None
+) -> None:
+    assert maker().reason_to_drop(group(*rewards)) is reason
+
+
+def test_equal_rewards_are_kept_without_the_filter() -> None:
+    assert maker(filter_zero_variance=False).reason_to_drop(group(1.0, 1.0)) is None
+
+
+def test_a_penalty_for_length_makes_equal_rewards_differ() -> None:
+    # Limit 10, buffer 4: free up to 6 tokens, then linear to -1 at 10. 8 tokens cost (8 - 6) / 4 = 0.5.
+    one = make_group(0, [make_trajectory([(0, 8)], 1.0), make_trajectory([(0, 6)], 1.0)])
+    penalising = maker(over_long={"kind": "penalise", "buffer_tokens": 4})
+    assert penalising.rewards(one).tolist() == [0.5, 1.0]
+    assert penalising.reason_to_drop(one) is None
+    assert maker().reason_to_drop(one) is DropReason.FILTERED
+
+
+def test_truncated_completions_count_in_the_mean_and_not_in_the_loss_where_they_are_masked() -> None:
+    cut = make_trajectory([(0, 10)], 0.0, finish_reason=FinishReason.LENGTH)
+    one = make_group(0, [make_trajectory([(0, 2)], 1.0), cut])
+    batch = maker(over_long={"kind": "mask"}).make([one])
+    assert batch.advantages[0].tolist() == [0.5, -0.5]
+    assert [len(sample.continuation_ids_T) for sample in batch.samples] == [2]
+    assert len(maker().make([one]).samples) == 2
+
+
+def test_a_step_in_parts_gives_the_samples_of_the_step() -> None:
+    groups = [make_group(k, [make_trajectory([(0, 2 + k)], 1.0), make_trajectory([(0, 5)], 0.0)]) for k in range(2)]
+    streaming = maker(streaming=True, aggregation="sequence_mean")
+    whole = streaming.make(groups).samples
+    parts = [sample for one in groups for sample in streaming.make([one]).samples]
+    assert [sample.token_weight for sample in parts] == [sample.token_weight for sample in whole]
+    assert [sample.advantage for sample in parts] == [sample.advantage for sample in whole]
+
+
+def test_the_configured_advantage_is_used() -> None:
+    # Leave-one-out: each reward minus the mean of the others.
+    rloo = maker(advantage={"kind": "rloo"}).make([group(1.0, 0.0, 0.0)])
+    np.testing.assert_allclose(rloo.advantages[0], [1.0, -0.5, -0.5])
+
+
+def test_the_pass_rate_is_the_mean_answer_of_what_could_be_scored() -> None:
+    assert pass_rate(group(1.0, 0.0, 0.0, NAN)) == pytest.approx(1 / 3)
+    assert pass_rate(group(NAN, NAN)) is None
+    assert pass_rate(group(1.6, 1.2)) == 1.0
