@@ -1,7 +1,7 @@
 """Checkpoints of a run: one directory each, complete or absent.
 
     checkpoints/grpo-000025/
-        state.pkl       phase, version, source of problems, buffer (finished groups, problems in flight, ledger), results
+        state.pkl       phase, version, source of problems, buffer (finished and begun groups, ledger), results
         deepspeed/      optimizer, weights and random state of every learner rank
         complete.json   written last: phase, version, the checksum of state.pkl, and the size of every file
 
@@ -30,19 +30,27 @@ _NAME = re.compile(rf"(?P<phase>{'|'.join(Phase)})-(?P<version>\d{{6,}})")
 
 
 @dataclass(frozen=True)
+class GrpoState:
+    """What the GRPO phase needs to go on."""
+
+    buffer: BufferSnapshot
+    source: Mapping[str, Any]
+    """Of the problems."""
+    lengths: Mapping[str, Any]
+    """Of the log of lengths."""
+    alarms: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class RunState:
     """What a run needs to go on, beside the learner's own state."""
 
     phase: Phase
     version: int
     """The learner's policy version in this phase."""
-    buffer: BufferSnapshot | None
+    grpo: GrpoState | None
     """None before the first GRPO step."""
-    source: Mapping[str, Any] | None
-    """State of the source of GRPO's problems; None before the first GRPO step."""
     evaluations: Mapping[str, Mapping[str, Any]]
-    alarms: Mapping[str, list[int]]
-    """Steps at which each alarm rang."""
     totals: Mapping[str, float]
     """Running totals of the summary: seconds, tokens, staleness sums."""
 

@@ -105,6 +105,7 @@ class Controller:
         groups = [group for part in parts for group in part.groups]
         samples = [sample for part in parts for sample in part.samples]
         self._buffer.record_trained(tokens_in_loss(groups, samples))
+        self._roll_out.forget_dropped()
         await self._publish([group.ticket for group in groups])
         return StepRecord(report, parts, self._metrics.end_step(report, samples))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from actors.checkpoint import RunState
+from actors.checkpoint import GrpoState
 from actors.controller import Controller, StepRecord
 from actors.interleaved import InterleavedEvaluation
 from actors.progress import count
@@ -28,16 +29,23 @@ from rlsys.rewards.failures import FailureGuard
 from rlsys.types import Problem
 
 
-async def run_grpo(session: Session, state: RunState | None) -> None:
+@dataclass(frozen=True)
+class _Phase:
+    """What the phase keeps, and a checkpoint of it holds."""
+
+    buffer: TrajectoryBuffer
+    source: ProblemSource
+    lengths: LengthLog
+    alarms: Alarms
+
+    def state(self) -> GrpoState:
+        return GrpoState(self.buffer.snapshot(), self.source.state(), self.lengths.state(), self.alarms.state())
+
+
+async def run_grpo(session: Session, state: GrpoState | None) -> None:
     """Train from `state` or from the first step."""
     config, learner = session.config.grpo, session.roles.learner
-    policy = make_policy(config.order, config.max_staleness, config.groups_per_step)
-    buffer = TrajectoryBuffer(policy)
-    source = problem_source(session.config, session.prepared.task.splits["train"])
-    if state is not None and state.buffer is not None and state.source is not None:
-        buffer = TrajectoryBuffer.restore(policy, state.buffer, learner.version)
-        source.restore(state.source)
-    session.buffer = buffer
+    phase = _begin(session, state)
     # Engines count versions of this phase from here on; nothing may be admitted before its weights are live.
     await session.roles.pool.load(await learner.publish())
     session.progress.begin(
@@ -45,7 +53,25 @@ async def run_grpo(session: Session, state: RunState | None) -> None:
         f"staleness at most {config.max_staleness}",
         learner.version,
     )
-    await _controller(session, buffer, source).run(config.steps, _Recorder(session, buffer, source).after_step)
+    await _controller(session, phase).run(config.steps, _Recorder(session, phase).after_step)
+
+
+def _begin(session: Session, state: GrpoState | None) -> _Phase:
+    config = session.config
+    policy = make_policy(config.grpo.order, config.grpo.max_staleness, config.grpo.groups_per_step)
+    source = problem_source(config, session.prepared.task.splits["train"])
+    deadline = config.cluster.wait_timeout_seconds
+    phase = _Phase(TrajectoryBuffer(policy, deadline_seconds=deadline), source, LengthLog(), Alarms(config))
+    if state is not None:
+        buffer = TrajectoryBuffer.restore(
+            policy, state.buffer, session.roles.learner.version, deadline_seconds=deadline
+        )
+        phase = replace(phase, buffer=buffer)
+        phase.source.restore(state.source)
+        phase.lengths.restore(state.lengths)
+        phase.alarms.restore(state.alarms)
+    session.buffer, session.alarms = phase.buffer, phase.alarms.rung
+    return phase
 
 
 def problem_source(config: Config, problems: Sequence[Problem]) -> ProblemSource:
@@ -55,9 +81,9 @@ def problem_source(config: Config, problems: Sequence[Problem]) -> ProblemSource
     return ProblemCursor(problems, config.seed, "grpo")
 
 
-def _controller(session: Session, buffer: TrajectoryBuffer, source: ProblemSource) -> Controller:
+def _controller(session: Session, phase: _Phase) -> Controller:
     config, roles = session.config.grpo, session.roles
-    metrics = StepMetrics(buffer, session.clock, LengthLog())
+    metrics = StepMetrics(phase.buffer, session.clock, phase.lengths)
     batches = BatchMaker(config, session.config.rollout.max_new_tokens)
     guard = FailureGuard(session.config.scoring.max_failed_fraction)
 
@@ -76,8 +102,8 @@ def _controller(session: Session, buffer: TrajectoryBuffer, source: ProblemSourc
             session.sampling(config.group_size),
             episodes=session.episodes,
             scorers=roles.scorers,
-            buffer=buffer,
-            source=source,
+            buffer=phase.buffer,
+            source=phase.source,
             batches=batches,
             observers=[metrics.note_group, lambda _, group: guard.record(group.trajectories)],
             fruitless_groups=FRUITLESS_BATCHES * config.groups_per_step,
@@ -85,7 +111,7 @@ def _controller(session: Session, buffer: TrajectoryBuffer, source: ProblemSourc
         learner=roles.learner,
         pool=roles.pool,
         episodes=session.episodes,
-        buffer=buffer,
+        buffer=phase.buffer,
         batches=batches,
         evaluation=InterleavedEvaluation(
             roles.pool, session.config.evaluation.every_steps, session.evaluate_interleaved, report
@@ -109,11 +135,9 @@ SHOWN_REWARDS = {"reward": "reward/total", "accuracy": "reward/answer"}
 class _Recorder:
     """Tells everybody about each step: totals, metrics, trajectories, progress, alarms; and writes checkpoints."""
 
-    def __init__(self, session: Session, buffer: TrajectoryBuffer, source: ProblemSource) -> None:
+    def __init__(self, session: Session, phase: _Phase) -> None:
         self._session = session
-        self._buffer = buffer
-        self._source = source
-        self._alarms = Alarms(session.config)
+        self._phase = phase
         self._last = time.monotonic()
         self._first_times = self._last_times = session.clock.totals()
         self._rewards: dict[str, float] = {}
@@ -129,11 +153,10 @@ class _Recorder:
         session.trackers.log(Phase.GRPO, step, metrics)
         self._write_trajectories(record)
         self._tell(step, metrics, record.report.tokens / seconds, times)
-        for alarm in self._alarms.check(step, metrics):
+        for alarm in self._phase.alarms.check(step, metrics):
             session.progress.say(f"  ALARM {alarm.name}: {alarm.message}")
-            session.alarms.setdefault(alarm.name, []).append(step)
         if step % session.config.checkpoint.every_steps == 0 or step == session.config.grpo.steps:
-            await session.save(Phase.GRPO, buffer=self._buffer, source=self._source)
+            await session.save(Phase.GRPO, self._phase.state())
 
     def _lap(self) -> tuple[float, WaitTimes]:
         now, times = time.monotonic(), self._session.clock.totals()

@@ -15,6 +15,7 @@ from actors.roles import demands
 from actors.session import Prepared
 from rlsys.config import Config
 from rlsys.data.prompts import PromptRenderer
+from rlsys.pipeline.staleness import make_policy
 from rlsys.types import Problem
 
 GB = 2**30
@@ -49,6 +50,7 @@ def render_plan(config: Config, prepared: Prepared) -> str:
     splits = ", ".join(f"{len(problems)} {name}" for name, problems in prepared.task.splits.items())
     dropped = "".join(f", {number} {name.replace('_', ' ')}" for name, number in prepared.task.counts.items() if number)
     grpo = config.grpo
+    policy = make_policy(grpo.order, grpo.max_staleness, grpo.groups_per_step)
     lines += [
         "",
         f"in all             {cpus:g} CPUs, {gpus:g} GPUs, {total / GB:.2f} GB before activations",
@@ -58,10 +60,25 @@ def render_plan(config: Config, prepared: Prepared) -> str:
         if config.sft
         else "warm start         none",
         f"GRPO               {grpo.steps} steps of {grpo.groups_per_step} groups of {grpo.group_size}; "
-        f"{(grpo.max_staleness + 1) * grpo.groups_per_step} groups admitted at most (staleness at most "
-        f"{grpo.max_staleness})",
+        f"{policy.required_capacity} groups admitted at most ({grpo.order.kind}, staleness at most {policy.bound})",
+        f"algorithm          {grpo.advantage.kind} advantages, {grpo.loss.kind} loss, {_extras(config)}",
     ]
     return "\n".join(lines)
+
+
+def _extras(config: Config) -> str:
+    """What is configured beside advantage and loss."""
+    grpo = config.grpo
+    return ", ".join(
+        [
+            f"{grpo.aggregation} aggregation",
+            *([f"{grpo.correction.kind} correction"] if grpo.correction else []),
+            *([f"{grpo.kl.weight:g} x {grpo.kl.estimator} KL to the warm start"] if grpo.kl else []),
+            *([f"{grpo.entropy_weight:g} x entropy"] if grpo.entropy_weight else []),
+            *(["curriculum"] if grpo.curriculum else []),
+            *(["streaming"] if grpo.streaming else []),
+        ]
+    )
 
 
 def _needs(config: Config, prepared: Prepared) -> dict[str, Need]:

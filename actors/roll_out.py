@@ -72,6 +72,10 @@ class RollOut:
         for flight in tuple(self._flights):
             flight.cancel()
 
+    def forget_dropped(self) -> None:
+        """Let go of the features of groups that the buffer dropped after they were finished (too old)."""
+        self.features = {ticket: features for ticket, features in self.features.items() if ticket in self._buffer}
+
     def _take_off(self, tasks: asyncio.TaskGroup, admission: Admission) -> None:
         flight = tasks.create_task(self._one(admission))
         self._flights.add(flight)

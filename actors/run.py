@@ -78,9 +78,9 @@ def _check_length(config: Config, model_dir: Path) -> None:
 
 def _check_resumable(config: Config, state: RunState) -> None:
     """Refuse before anything is started what could only be refused in the midst of the run."""
-    if state.buffer is not None:
+    if state.grpo is not None:
         policy = make_policy(config.grpo.order, config.grpo.max_staleness, config.grpo.groups_per_step)
-        TrajectoryBuffer.restore(policy, state.buffer, state.version)
+        TrajectoryBuffer.restore(policy, state.grpo.buffer, state.version)
 
 
 class Training:
@@ -150,7 +150,6 @@ async def _take_up(session: Session, place: Path, state: RunState) -> None:
     """Bring the learner to a checkpoint; the engines follow when there is something to generate."""
     session.progress.say(f"Resuming after {state.phase} step {state.version} ({place.name}).")
     session.evaluations = {name: EvaluationResult.from_dict(value) for name, value in state.evaluations.items()}
-    session.alarms = {name: list(steps) for name, steps in state.alarms.items()}
     session.totals = Totals(**state.totals)  # pyright: ignore[reportArgumentType] (written by Totals.to_dict)
     await session.roles.learner.restore(place, session.objective(state.phase), state.version)
 
@@ -170,6 +169,6 @@ async def _phases(session: Session, state: RunState | None, last_phase: Phase) -
         await learner.enter(session.objective(Phase.GRPO))
         await session.save(Phase.GRPO)
     if last_phase is Phase.GRPO:
-        await run_grpo(session, state)
+        await run_grpo(session, state.grpo if state is not None else None)
         await session.evaluate("after_grpo")
     await learner.save_policy(session.directory.path / "policy")

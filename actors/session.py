@@ -5,11 +5,11 @@ evaluate, and write a checkpoint.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from actors.checkpoint import Checkpoints, RunState
+from actors.checkpoint import Checkpoints, GrpoState, RunState
 from actors.episodes import Episodes
 from actors.evaluator import Evaluated, evaluate
 from actors.models import EncoderFactory
@@ -20,7 +20,6 @@ from actors.totals import Totals
 from actors.trackers import Trackers
 from rlsys.algorithms.objective import PolicyObjective
 from rlsys.config import Config
-from rlsys.data.cursor import ProblemSource
 from rlsys.data.prompts import PromptRenderer
 from rlsys.evaluation.accuracy import EvaluationResult
 from rlsys.pipeline.buffer import TrajectoryBuffer
@@ -56,7 +55,7 @@ class Session:
     checkpoints: Checkpoints
     totals: Totals = field(default_factory=Totals)
     evaluations: dict[str, EvaluationResult] = field(default_factory=dict[str, EvaluationResult])
-    alarms: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    alarms: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
     """Steps at which each alarm rang."""
     bottleneck: str = "GRPO has not begun"
     """Who waited longest for whom, over the GRPO steps of this sitting."""
@@ -120,16 +119,12 @@ class Session:
             progress=advance,
         )
 
-    async def save(
-        self, phase: Phase, *, buffer: TrajectoryBuffer | None = None, source: ProblemSource | None = None
-    ) -> None:
+    async def save(self, phase: Phase, grpo: GrpoState | None = None) -> None:
         """Write a checkpoint. Everything but the learner's state is taken at this very moment, before any wait."""
         state = RunState(
             phase=phase,
             version=self.roles.learner.version,
-            buffer=buffer.snapshot() if buffer is not None else None,
-            source=source.state() if source is not None else None,
-            alarms={name: list(steps) for name, steps in self.alarms.items()},
+            grpo=grpo,
             evaluations={name: result.to_dict() for name, result in self.evaluations.items()},
             totals={**self.totals.to_dict(), "wall_seconds": self.wall_seconds},
         )

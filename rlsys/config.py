@@ -294,6 +294,9 @@ class ClusterConfig(Section):
     """Deadline for a role to start: imports, model loading, compilation."""
     call_timeout_seconds: PositiveFloat = 600.0
     """Deadline of any single call to a role; what runs out names the role and the call."""
+    wait_timeout_seconds: PositiveFloat = 3600.0
+    """Deadline of a wait of the controller itself: the learner's for the groups of a step, a rollout's for a slot. To
+    be longer than any healthy step."""
 
 
 class Config(Section):

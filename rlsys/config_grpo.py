@@ -1,9 +1,9 @@
 """The sections of `grpo`: which groups are trained, what their advantages are, and what the loss makes of them.
 
 Each `kind` names one small function: advantages in `rlsys.algorithms.advantages`, losses in `rlsys.algorithms.losses`
-(`gspo` in `sequence_losses`, `m2po` in `second_moment` beside it), corrections in `rlsys.algorithms.corrections`, orders
-in `rlsys.pipeline.staleness`. The formulas and their sources are in the docstrings there; `rlsys config grpo.loss` and
-the like print what is here.
+(`gspo` in `sequence_losses`, `m2po` in `second_moment` beside it), corrections in `rlsys.algorithms.corrections`,
+orders in `rlsys.pipeline.staleness`. The formulas and their sources are in the docstrings there; `rlsys config
+grpo.loss` and the like print what is here.
 """
 
 from __future__ import annotations

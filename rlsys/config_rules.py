@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from rlsys.config_grpo_rules import GRPO_RULES
 from rlsys.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     a_learner_rank_drives_one_gpu_or_none,
     a_rollout_worker_shares_a_gpu_or_has_whole_ones,
     enough_test_problems_are_made,
+    *GRPO_RULES,
 )
 
 
@@ -180,6 +182,7 @@ def _what_a_run_is_made_of(config: Config) -> dict[str, object]:
         **{f"policy.{key}": policy.get(key) for key in sorted(policy)},
         **{f"encoder.{key}": encoder.get(key) for key in sorted(encoder)},
         "sft": "null" if config.sft is None else "given",
+        "grpo.curriculum": "null" if config.grpo.curriculum is None else "given",
         "learner.ranks": config.learner.ranks,
         "learner.zero_stage": config.learner.zero_stage,
     }

@@ -2,8 +2,8 @@
 
 A fact is recorded where it is known; the controller flushes once per step, to `metrics.jsonl`, to W&B and to Ray's
 metrics. Dashboards and the report read these names, so they are an interface: `area/quantity[_unit]`, areas train,
-off_policy, reward, group, staleness, rollout, length, evaluation, embed, time, throughput, tokens. Only `reward/<part>` is open, because
-users name their reward parts.
+off_policy, reward, group, staleness, rollout, length, evaluation, embed, time, throughput, tokens. Only `reward/<part>`
+is open, because users name their reward parts.
 
 Invariant: nothing is reported under a name that is not listed here.
 """

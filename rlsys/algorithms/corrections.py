@@ -2,11 +2,8 @@
 
 Called by the objective, which multiplies the policy loss of each token with its weight. Notation:
 `rlsys.algorithms.tokens`, and w = π_prox/μ for a token (π for π_prox where a batch makes one optimizer step): what the
-difference between engine and learner and the staleness make together.
-
-A weight and a loss must not both contain the step from μ. So the corrections are of two sorts. *Weights* (`tis`,
-`icepop`) contain w: the objective then gives the loss π_prox in the place of μ, and the product of the two is again
-π/μ. *Masks* (`sequence_mask`) are 0 or 1: they choose among the completions and leave the loss's ratio as it is.
+difference between engine and learner and the staleness make together. Which of these functions contain w and which
+only mask, and what follows for the loss, is in `rlsys.algorithms.combinations`.
 
 Invariant: a weight is not negative, has no gradient, is 1 where π_prox = μ, and is 0 where the mask is 0.
 """
@@ -18,9 +15,6 @@ from typing import Literal
 from torch import Tensor
 
 from rlsys.algorithms.tokens import PolicyTokens, keep, ratio_of, sequence_sums
-
-WEIGHTS = ("tis", "icepop")
-"""The kinds of correction that contain the ratio w; the others are masks."""
 
 
 def tis(tokens: PolicyTokens, *, cap: float = 2.0, level: Literal["token", "sequence"] = "token") -> Tensor:
@@ -62,22 +56,6 @@ def sequence_mask(tokens: PolicyTokens, *, low: float = 0.99, high: float = 1.01
     mean_weight = ratio_of(sums / counts)
     inside = tokens.active & (mean_weight >= low) & (mean_weight <= high)
     return inside.to(tokens.logprobs.dtype)
-
-
-def incompatible(loss_kind: str, correction_kind: str) -> str | None:
-    """Return why a loss and a correction (their `kind` in the configuration) make no sense together; None if they do.
-
-    The reason is a clause that goes on after "grpo.correction cannot be used with grpo.loss <kind>:".
-    """
-    if correction_kind not in WEIGHTS:
-        return None
-    match loss_kind:
-        case "dppo" | "m2po":
-            return "its mask and its ratio are taken to the behavior policy, which a weight would take out of them"
-        case "decoupled_ppo":
-            return "it has this weight already (weight_cap); use ppo_clip with a correction, or decoupled_ppo without"
-        case _:
-            return None
 
 
 def _log_weight(tokens: PolicyTokens) -> Tensor:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rlsys.algorithms import corrections, losses
+from rlsys.algorithms.combinations import WEIGHTS, incompatible
 from rlsys.algorithms.regularisers import entropy_bonus, kl
 from rlsys.algorithms.second_moment import m2po, outward_log_ratios, second_moment_threshold
 from rlsys.algorithms.sequence_losses import gspo
@@ -53,7 +54,7 @@ class PolicyObjective:
 
     def __post_init__(self) -> None:
         if self.correction is not None:
-            reason = corrections.incompatible(self.loss.kind, self.correction.kind)
+            reason = incompatible(self.loss.kind, self.correction.kind)
             assert reason is None, f"{self.correction.kind} with {self.loss.kind}: {reason}"
 
     @classmethod
@@ -128,7 +129,7 @@ class PolicyObjective:
 
     def _anchored(self, tokens: PolicyTokens) -> PolicyTokens:
         """Return the tokens as the loss sees them: π_prox stands for μ where the correction supplies π_prox/μ."""
-        if self.correction is None or self.correction.kind not in corrections.WEIGHTS:
+        if self.correction is None or self.correction.kind not in WEIGHTS:
             return tokens
         return replace(tokens, behavior_logprobs=tokens.proximal)
 

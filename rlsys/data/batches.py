@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsys.algorithms.advantages import advantages, is_constant, rewards_of
+from rlsys.algorithms.advantages import advantages, is_constant, is_groupwise, rewards_of
 from rlsys.algorithms.overlong import over_long_penalty
 from rlsys.config_grpo import GrpoConfig, MaskOverLong, PenaliseOverLong
 from rlsys.data.samples import batch_samples
@@ -60,9 +60,14 @@ class BatchMaker:
         rewards_G = self.rewards(group)
         if np.isfinite(rewards_G).sum() < 2:
             return DropReason.FAILED
-        if self._config.filter_zero_variance and is_constant(rewards_G):
+        if self._config.filter_zero_variance and is_constant(self._signal(group, rewards_G)):
             return DropReason.FILTERED
         return None
+
+    def _signal(self, group: TrajectoryGroup, rewards_G: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What must differ within a group that teaches: its advantages, or its rewards where those need the step."""
+        advantage = self._config.advantage
+        return advantages(advantage, [group], [rewards_G])[0] if is_groupwise(advantage) else rewards_G
 
     def make(self, groups: Sequence[TrajectoryGroup]) -> Batch:
         """Return advantages and samples; `groups` are those of a whole step unless the step is streamed."""

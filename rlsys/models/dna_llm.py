@@ -29,7 +29,7 @@ from transformers.utils.generic import ModelOutput
 
 from rlsys.data.prompts import NUM_MARKERS
 from rlsys.errors import ConfigError
-from rlsys.models.logprobs import token_logprobs
+from rlsys.models.logprobs import MAX_LOGITS, token_logprobs
 from rlsys.models.packed_attention import PACKED
 from rlsys.models.projector import DnaProjector
 from rlsys.types import DnaSlot
@@ -132,7 +132,7 @@ class DnaLlm(PreTrainedModel):
         predictor_positions: Tensor | None = None,
         target_ids: Tensor | None = None,
         temperature: float = 1.0,
-        logprob_chunk: int = 512,
+        max_logits: int = MAX_LOGITS,
         entropy_gradient: bool = False,
     ) -> DnaLlmOutput:
         """Run sequences; return logits, or log-probabilities and entropies of `target_ids` alone.
@@ -165,7 +165,7 @@ class DnaLlm(PreTrainedModel):
             cast("Tensor | None", head.bias),
             target_ids,
             temperature=temperature,
-            chunk=logprob_chunk,
+            max_logits=max_logits,
             entropy_gradient=entropy_gradient,
         )
         return DnaLlmOutput(logprobs=logprobs, entropies=entropies)

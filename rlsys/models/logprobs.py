@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+MAX_LOGITS = 2**24
+"""64 MiB of float32."""
+
 
 def token_logprobs(
     hidden_NH: Tensor,
@@ -18,22 +21,23 @@ def token_logprobs(
     target_ids_N: Tensor,
     *,
     temperature: float = 1.0,
-    chunk: int = 512,
+    max_logits: int = MAX_LOGITS,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return (log p(target), entropy), both [N] float32, of softmax(head(hidden) / temperature).
 
-    Natural logarithms; the logits are cast to float32 after the head, as vLLM does. At most `chunk` rows of logits
-    exist at a time, and they are recomputed in the backward pass instead of kept. Entropies carry a gradient only
-    where a bonus asks for it. With N = 0 the head is still applied, to no rows, so that ranks stay in step.
+    Natural logarithms; the logits are cast to float32 after the head, as vLLM does. About `max_logits` of them exist at
+    a time: where there are more, they are recomputed in the backward pass instead of kept. Entropies carry a gradient
+    only where a bonus asks for it. With N = 0 the head is still applied, to no rows, so that ranks stay in step.
     """
+    chunk = max(1, max_logits // len(head_weight_VH))
     starts = range(0, max(len(target_ids_N), 1), chunk)
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     for start in starts:
         rows = slice(start, start + chunk)
         arguments = (hidden_NH[rows], head_weight_VH, head_bias_V, target_ids_N[rows], temperature, entropy_gradient)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and len(starts) > 1:
             logprobs_C, entropies_C = checkpoint(_chunk_logprobs, *arguments, use_reentrant=False)
         else:
             logprobs_C, entropies_C = _chunk_logprobs(*arguments)

@@ -13,7 +13,7 @@ from rlsys.report.records import Phase
 
 
 def state(phase: Phase, version: int) -> RunState:
-    return RunState(phase, version, None, None, {}, {}, {})
+    return RunState(phase, version, None, {}, {})
 
 
 async def save_learner(directory: Path) -> None:

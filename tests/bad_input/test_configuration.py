@@ -69,7 +69,7 @@ COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
     "a_completion_fits_into_the_engine": (
         ["rollout.max_new_tokens=128"], ["rollout.max_new_tokens=128", "rollout.max_model_tokens=128",
                                          "raise the second"]),
-    "a_completion_fits_into_a_row": (
+    "a_completion_fits_into_a_micro_batch": (
         ["learner.micro_batch_tokens=48"], ["rollout.max_new_tokens=48", "learner.micro_batch_tokens=48", "raise the second"]),
     "the_batch_divides_over_the_ranks": (
         ["learner.ranks=3", "sft=null"], ["grpo.groups_per_step=4", "learner.ranks=3", "use a multiple of 3"]),
@@ -84,6 +84,28 @@ COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
     "enough_test_problems_are_made": (
         ["evaluation.problems=4"], ["evaluation.problems=4", "task.test_problems=3",
                                     "lower the first or raise the second"]),
+    "streaming_needs_weights_known_in_advance": (
+        ["grpo.streaming=true"], ["grpo.streaming=true", "grpo.aggregation=token_mean", "use grpo.aggregation=constant"]),
+    "streaming_needs_advantages_of_single_groups": (
+        ["grpo.streaming=true", "grpo.aggregation=constant", "grpo.advantage.kind=reinforce_plus_plus"],
+        ["grpo.streaming=true", "grpo.advantage.kind=reinforce_plus_plus", "use another advantage"]),
+    "streaming_needs_a_loss_of_single_tokens": (
+        ["grpo.streaming=true", "grpo.aggregation=constant", "grpo.loss.kind=m2po"],
+        ["grpo.streaming=true", "grpo.loss.kind=m2po", "use another loss"]),
+    "loss_and_correction_go_together": (
+        ["grpo.correction.kind=tis"], ["grpo.correction.kind=tis", "grpo.loss.kind=dppo"]),
+    "a_window_leaves_room_for_a_batch": (
+        ["grpo.order.kind=windowed", "grpo.order.window=9", "grpo.max_staleness=2"],
+        ["grpo.order.window=9", "grpo.max_staleness=2", "grpo.groups_per_step=4", "raise the second"]),
+    "a_group_has_more_completions_than_k": (
+        ["grpo.advantage.kind=pass_at_k", "grpo.advantage.k=4", "grpo.group_size=4"],
+        ["grpo.advantage.k=4", "grpo.group_size=4", "raise the second"]),
+    "the_length_penalty_begins_within_the_limit": (
+        ["grpo.over_long.kind=penalise", "grpo.over_long.buffer_tokens=49"],
+        ["grpo.over_long.buffer_tokens=49", "rollout.max_new_tokens=48", "lower it"]),
+    "interleaved_evaluations_have_problems": (
+        ["evaluation.every_steps=2"],
+        ["evaluation.interleaved_problems=64", "task.validation_problems=", "raise the second"]),
 }  # fmt: skip
 # Whole files: name -> text -> message. The file is run.yaml, with complete.yaml beside it.
 FILES: dict[str, tuple[str | bytes, list[str]]] = {
@@ -167,7 +189,7 @@ def test_all_impossible_combinations_are_told_at_once(workplace: Path, refused: 
                                  "rlsys train configs/quickstart.yaml grpo.steps=3"]),
     (["evaluate", "rum.yaml", "--policy", "x"], ["rum.yaml: no such configuration file"]),
     (["sft", "run.yaml", "sft=null"], ["`rlsys sft` runs the warm start", "no sft: section", "sft.steps=100"]),
-    (["config", "grpo.stepz"], ["grpo.stepz: no such key; grpo has filter_zero_variance"]),
+    (["config", "grpo.stepz"], ["grpo.stepz: no such key; grpo has advantage"]),
     (["config", "grpo.steps.x"], ["grpo.steps is a value, it has no 'x'"]),
 ])  # fmt: skip
 def test_a_command_line_that_lacks_what_it_needs_is_refused(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.checkpoint import Checkpoints, RunState
+from actors.checkpoint import Checkpoints, GrpoState, RunState
 from actors.cli import main
 from rlsys.config_file import load_config
 from rlsys.pipeline.buffer import TrajectoryBuffer
@@ -35,7 +35,7 @@ async def write_checkpoint(directory: Path) -> None:
     numbers = itertools.count()
     for _ in range(8):
         await buffer.admit(lambda: problem(next(numbers)))
-    state = RunState(Phase.GRPO, 2, 8, buffer.snapshot(), {}, {})
+    state = RunState(Phase.GRPO, 2, GrpoState(buffer.snapshot(), {}, {}, {}), {}, {})
     await Checkpoints(directory, keep=2).save(state, save_learner)
 
 
@@ -64,7 +64,7 @@ def overwrite_state(run: Path) -> None:
 def other_version(run: Path) -> None:
     """A state whose class is gone, with its checksum."""
     shutil.rmtree(run / CHECKPOINT)
-    state = RunState(Phase.GRPO, 2, 8, None, {}, {})
+    state = RunState(Phase.GRPO, 2, None, {}, {})
     genuine = pickle.dumps
     try:
         pickle.dumps = lambda value: genuine(value).replace(b"RunState", b"OldState")  # type: ignore[assignment]

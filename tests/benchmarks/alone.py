@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ def run_rollout_alone(work: Path, steps: int, warmup: int) -> Measured:
     marks = ends[PROMPTS_PER_STEP * warmup - 1 :: PROMPTS_PER_STEP]
     measured = lengths[PROMPTS_PER_STEP * warmup :]
     return Measured(
-        step_seconds=[later - earlier for earlier, later in zip(marks, marks[1:], strict=False)],
+        step_seconds=[later - earlier for earlier, later in itertools.pairwise(marks)],
         generated_tokens=sum(measured),
         completion_tokens_mean=sum(measured) / len(measured) / GROUP_SIZE,
     )

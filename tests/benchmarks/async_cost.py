@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,8 @@ CORRECTIONS = {
     "decoupled": ("grpo.loss.kind=decoupled_ppo", "grpo.correction=null"),
 }
 """What each changes in the base configuration; in the order in which they are run."""
+
+CELL_NAME = re.compile(rf"({'|'.join(CORRECTIONS)})-s(\d+)-seed(\d+)")
 
 CELL_DEADLINE_SECONDS = 3600.0
 """A run that takes longer is ended, and is a failure."""
@@ -122,13 +125,9 @@ class Study:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def cells(self) -> list[Cell]:
-        """All cells that the directory has ever begun, finished or not."""
-        found: list[Cell] = []
-        for path in sorted(self._out.glob("*-s*-seed*")):
-            correction, bound, seed = path.name.split("-")
-            if correction in CORRECTIONS:
-                found.append(Cell(correction, int(bound.removeprefix("s")), int(seed.removeprefix("seed"))))
-        return found
+        """All cells that the directory has, finished or not."""
+        names = (CELL_NAME.fullmatch(path.name) for path in sorted(self._out.glob("*")))
+        return [Cell(name[1], int(name[2]), int(name[3])) for name in names if name is not None]
 
     def tell(self, cells: Sequence[Cell]) -> str:
         """Write the tables of what is finished among `cells`; returns them. Raises ConfigError where nothing is."""
@@ -139,6 +138,7 @@ class Study:
 
     def draw(self, figure: Path, quantity: Quantity) -> None:
         """Draw what is finished."""
+        figure.parent.mkdir(parents=True, exist_ok=True)
         draw(figure, {cell: one for cell in self.cells() if (one := self.result(cell)) is not None}, quantity)
 
     def _make(self, cell: Cell) -> str:
@@ -197,7 +197,7 @@ def say(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Entry point; returns the exit code: 1 where a cell failed, 2 where a user can mend what is wrong."""
     parsed = _parser().parse_args(arguments)
     study = Study(parsed.out, run_rlsys, say)
     try:
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cells = plan(parsed.corrections, parsed.staleness, parsed.seeds)
             study.begin(parsed.base, [] if parsed.steps is None else [f"grpo.steps={parsed.steps}"])
             study.run(cells)
-            say("\n" + study.tell(cells))
+            say("\n" + study.tell(list(dict.fromkeys([*cells, *study.cells()]))))
         else:
             say(study.tell(study.cells()))
             study.draw(parsed.figure, Quantity(parsed.quantity))
@@ -213,7 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RlsysError as error:
         sys.stderr.write(f"async_cost: {error}\n")
         return 2
-    return 0
+    except KeyboardInterrupt:
+        sys.stderr.write("async_cost: interrupted; the same command goes on\n")
+        return 130
+    return 1 if parsed.command == "run" and study.failures() else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -228,11 +231,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=int, help="GRPO steps of a cell (default: those of the base configuration)")
     run.add_argument("--base", type=Path, default=BASE, help="configuration that all cells share (default %(default)s)")
     plot = commands.add_parser("plot", help="tables and a figure of what is finished")
-    plot.add_argument("--figure", type=Path, required=True, help="an .svg or .png file")
+    plot.add_argument("--figure", type=_picture, required=True, metavar="FILE", help="an .svg or .png file")
     plot.add_argument("--quantity", default=Quantity.REWARD.value, choices=[one.value for one in Quantity])
     for command in (run, plot):
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs are")
     return parser
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text}: name a file that ends in .svg or .png")
+    return path
 
 
 if __name__ == "__main__":

@@ -88,10 +88,10 @@ class Curve:
         x_N = np.concatenate([[low], self.x_N[inside], [high]])
         return float(np.trapezoid(self.at(x_N), x_N) / (high - low))
 
-    def smoothed(self, points: int) -> Curve:
-        """Each value the mean of the `points` (odd) around it, of fewer at the ends; for looking only."""
-        half = points // 2
-        windows = [self.y_N[max(0, i - half) : i + half + 1] for i in range(len(self.y_N))]
+    def smoothed(self, share: float) -> Curve:
+        """Each value the mean of those around it, in a window of this share of the curve's length; for looking only."""
+        half = share / 2 * float(np.ptp(self.x_N)) if len(self.x_N) else 0.0
+        windows = [self.y_N[np.abs(self.x_N - x) <= half] for x in self.x_N]
         return Curve(self.x_N, np.array([window.mean() for window in windows]))
 
     def rising(self) -> Curve:
@@ -243,7 +243,7 @@ Z_975 = 1.959964
 
 
 def t_quantile(freedom: int) -> float:
-    """The quantile of Student's t that leaves 2.5 % above it; beyond the table Fisher's expansion, off by 0.002."""
+    """The quantile of Student's t that leaves 2.5 % above it; beyond the table Fisher's expansion, off by < 0.003."""
     if freedom <= len(T_975):
         return T_975[freedom - 1]
     z = Z_975

@@ -37,9 +37,9 @@ TITLES = {
 COLORS = ("#111111", "#4b2a86", "#2f6f9f", "#1f9e77", "#b5a100")
 """From synchronous on: dark to light, purple to yellow, in the order of viridis, so that they also differ in grey."""
 LINE_STYLES = ("--", "-", "-", "-", "-")
-SHOWN_POINTS = 5
-"""A drawn value is the mean of so many steps; the numbers in the tables are not smoothed."""
-GRID_POINTS = 80
+SMOOTHED_SHARE = 0.2
+"""A drawn reward is a mean over this share of its line's length; the numbers in the tables are not smoothed."""
+GRID_POINTS = 50
 
 
 # ---------------------------------------------------------------- numbers
@@ -94,7 +94,7 @@ def _cell_dict(results: Results, cell: Cell, target: float) -> dict[str, Any]:
         "grpo_seconds": one.seconds,
         "to_target": {axis.value: one.curves[Quantity.REWARD, axis].reaches(target) for axis in Axis},
         "curves": {
-            f"{quantity.value}_by_{axis.value}": [curve.x_N.tolist(), curve.y_N.tolist()]
+            f"{quantity.value}_by_{axis.value}": [curve.x_N.round(1).tolist(), curve.y_N.round(4).tolist()]
             for (quantity, axis), curve in one.curves.items()
         },
     }
@@ -112,11 +112,13 @@ def _claim(comparisons: Sequence[Comparison]) -> str:
         return f"{claim}: not measured."
     (one,) = found
     tokens, seconds = one.reward_difference[Axis.TOKENS], one.reward_difference[Axis.SECONDS]
-    half = "" if tokens.high is None else f" (a difference below {tokens.high - tokens.mean:.3f} could not be seen)"
+    said = verdict(one)
+    outcome = "holds" if said == HOLDS else said if tokens.low is None else f"does not hold ({said})"
+    blind = "" if tokens.high is None else f" (a difference below {tokens.high - tokens.mean:.3f} could not be seen)"
     return (
-        f"{claim}: {'holds' if verdict(one) == HOLDS else f'does not hold ({verdict(one)})'}. "
-        f"Mean reward, S = 1 less S = 0, {len(one.seeds)} seeds: {tokens} over the same tokens{half}, "
-        f"{seconds} over the same time."
+        f"{claim}: {outcome}. "
+        f"Mean reward, S = 1 less S = 0, {len(one.seeds)} seeds: {tokens} over the same tokens{blind}, "
+        f"{seconds} over the same time; held-out accuracy after the last step {one.accuracy_difference}."
     )
 
 
@@ -201,7 +203,7 @@ def band(curves: Sequence[Curve]) -> Band | None:
 
 
 UNITS = {Axis.TOKENS: (1000.0, "trained tokens, thousands"), Axis.SECONDS: (60.0, "wall minutes of GRPO")}
-LABELS = {Quantity.REWARD: "reward of the policy", Quantity.ACCURACY: "accuracy, validation problems"}
+LABELS = {Quantity.REWARD: "reward of the policy", Quantity.ACCURACY: "validation accuracy"}
 
 
 def draw(figure: Path, results: Results, quantity: Quantity) -> None:
@@ -211,13 +213,14 @@ def draw(figure: Path, results: Results, quantity: Quantity) -> None:
     mpl.use("Agg")
     mpl.rcParams.update({"font.size": 11, "svg.fonttype": "path", "font.family": "DejaVu Sans"})
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     corrections = list(dict.fromkeys(correction for correction, _ in conditions(results)))
     bounds = sorted({cell.staleness for cell in results})
     drawing, panels = plt.subplots(
         len(Axis),
         len(corrections),
-        figsize=(1.2 + 3.1 * len(corrections), 6.4),
+        figsize=(1.2 + 3.1 * len(corrections), 6.6),
         sharey=True,
         sharex="row",
         squeeze=False,
@@ -233,12 +236,17 @@ def draw(figure: Path, results: Results, quantity: Quantity) -> None:
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
             panel.set_xlim(left=0)
+            panel.xaxis.set_major_locator(MaxNLocator(4))
+            panel.xaxis.set_major_formatter("{x:g}")
             if row == 0:
                 panel.set_title(TITLES[correction], fontsize=12, pad=8)
         panels[row][0].set_ylabel(LABELS[quantity])
     handles, labels = _legend(panels)
     drawing.legend(handles, labels, loc="upper center", ncols=len(bounds), frameon=False, columnspacing=1.6)
-    drawing.tight_layout(rect=(0, 0, 1, 0.93), h_pad=1.6)
+    smoothed = f", smoothed over {SMOOTHED_SHARE:.0%} of its length" if quantity is Quantity.REWARD else ""
+    note = f"line: mean over seeds{smoothed}; band: least to greatest seed"
+    drawing.text(0.5, 0.012, note, ha="center", fontsize=9.5, color="#555555")
+    drawing.tight_layout(rect=(0, 0.035, 1, 0.94), h_pad=1.4)
     drawing.savefig(figure, dpi=160, facecolor="white", metadata={"Date": None} if figure.suffix == ".svg" else None)
     plt.close(drawing)
 
@@ -252,7 +260,7 @@ def _legend(panels: Any) -> tuple[list[Any], list[str]]:
 
 
 def _draw_line(panel: Any, curves: Sequence[Curve], axis: Axis, quantity: Quantity, rank: int, bound: int) -> None:
-    smoothing = SHOWN_POINTS if quantity is Quantity.REWARD else 1
+    smoothing = SMOOTHED_SHARE if quantity is Quantity.REWARD else 0.0
     drawn = band([curve.smoothed(smoothing) for curve in curves])
     if drawn is None:
         return

@@ -8,6 +8,7 @@ so that all that follow inherit it, and then the learner's.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Mapping
@@ -130,9 +131,7 @@ async def _train(config: Config, work: Path) -> list[_Moment]:
                 trackers = Listener(config, directory, cluster)
                 episodes = Episodes(renderer, roles.embedders, roles.pool)
                 checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
-                session = Session(
-                    config, directory, prepared, progress, clock, roles, episodes, trackers, checkpoints
-                )
+                session = Session(config, directory, prepared, progress, clock, roles, episodes, trackers, checkpoints)
                 try:
                     await roles.learner.enter(session.objective(Phase.GRPO))
                     await run_grpo(session, None)
@@ -143,9 +142,7 @@ async def _train(config: Config, work: Path) -> list[_Moment]:
 
 def _pin_learner() -> None:
     """Give the learner's process the core that nothing else is on. Ray names processes after their actors."""
-    learners = [
-        one for one in psutil.Process().children(recursive=True) if "LearnerRank" in " ".join(one.cmdline())
-    ]
+    learners = [one for one in psutil.Process().children(recursive=True) if "LearnerRank" in " ".join(one.cmdline())]
     assert len(learners) == 1, f"{len(learners)} processes look like the learner"
     pin(learners[0].pid, LEARNER_CORE)
 
@@ -173,7 +170,7 @@ def _measured(moments: list[_Moment]) -> Measured:
         "group/buffer_depth",
     )
     return Measured(
-        step_seconds=[later.seconds - earlier.seconds for earlier, later in zip(moments, moments[1:], strict=False)],
+        step_seconds=[later.seconds - earlier.seconds for earlier, later in itertools.pairwise(moments)],
         generated_tokens=counted("tokens/generated"),
         trained_tokens=counted("tokens/trained"),
         completion_tokens_mean=mean("rollout/completion_tokens"),

@@ -10,12 +10,14 @@ see `_patch_colocated_engine`, `_patch_packed_attention` and `_FileTransfer`.
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +54,7 @@ MICRO_BATCH = 32
 KV_CACHE_BYTES = 256 << 20
 
 
-def even_reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+def even_reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> Any:
     """W's reward in the form that TRL calls."""
     return [even_fraction(list(ids)) for ids in completion_ids]
 
@@ -62,7 +64,8 @@ def run_synchronous(work: Path, steps: int, warmup: int, engine: Literal["vllm",
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     torch.set_num_threads(2)
     model = str(make_text_model(work / "text"))
@@ -75,9 +78,7 @@ def run_synchronous(work: Path, steps: int, warmup: int, engine: Literal["vllm",
         reward_funcs=even_reward,
         processing_class=AutoTokenizer.from_pretrained(model),
         train_dataset=Dataset.from_dict({"prompt": prompt_texts(PROMPTS_PER_STEP * (steps + warmup))}),
-        args=GRPOConfig(
-            **_common(work, steps + warmup), beta=0.0, model_init_kwargs={"dtype": "float32"}, **more
-        ),
+        args=GRPOConfig(**_common(work, steps + warmup), beta=0.0, model_init_kwargs={"dtype": "float32"}, **more),
     )
     generating = _Stopwatch(trainer, "_generate_single_turn")
     seen = _train(trainer)
@@ -107,7 +108,8 @@ def run_asynchronous(work: Path, steps: int, warmup: int) -> Measured:
     import trl.chat_template_utils
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+    from trl.experimental.async_grpo.async_grpo_config import AsyncGRPOConfig
+    from trl.experimental.async_grpo.async_grpo_trainer import AsyncGRPOTrainer
 
     model = str(make_text_model(work / "text"))
     with _server(model, work) as url:
@@ -187,7 +189,7 @@ class _Seen:
         self.logs: list[dict[str, Any]] = []
 
     def step_seconds(self, warmup: int) -> list[float]:
-        return [later - earlier for earlier, later in zip(self.marks, self.marks[1:], strict=False)][warmup:]
+        return [later - earlier for earlier, later in itertools.pairwise(self.marks)][warmup:]
 
     def values(self, name: str, warmup: int) -> list[float]:
         """One for each step after the warm-up in which the trainer logged it."""
@@ -241,39 +243,40 @@ def _patch_colocated_engine() -> None:
     vLLM's packed products empty the weights that TRL would copy into; the plain product is as fast here.
     """
     import torch
-    import trl.generation.vllm_generation
     import vllm
-    import vllm.model_executor.layers.utils
+
+    for_cpu: dict[str, Any] = {
+        "distributed_executor_backend": "uni",
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": 32,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    }
 
     def keep(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     def engine(**arguments: Any) -> Any:
         arguments.pop("gpu_memory_utilization")
-        return vllm.LLM(
-            **arguments
-            | {
-                "distributed_executor_backend": "uni",
-                "dtype": "float32",
-                "enforce_eager": True,
-                "block_size": 32,
-                "kv_cache_memory_bytes": KV_CACHE_BYTES,
-            }
-        )
+        return vllm.LLM(**{**arguments, **for_cpu})
 
-    vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm = keep
-    trl.generation.vllm_generation.LLM = engine
+    _replace("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", keep)
+    _replace("trl.generation.vllm_generation", "LLM", engine)
 
 
 def _patch_packed_attention() -> None:
-    """Give TRL's packing, which calls a FlashAttention 3 kernel of CUDA, an attention of PyTorch with that signature."""
-    import trl.experimental.async_grpo.async_grpo_trainer as trainer
-    import trl.experimental.async_grpo.packing as packing
-
+    """Give TRL's packing, which calls FlashAttention 3 of CUDA, an attention of PyTorch with that signature."""
     from tests.benchmarks.trl_attention import CpuFlashAttention
 
-    packing._flash_attn = CpuFlashAttention  # pyright: ignore[reportPrivateUsage]
-    trainer.get_peak_flops_per_device = lambda *_: None  # asks CUDA for the name of the device
+    _replace("trl.experimental.async_grpo.packing", "_flash_attn", CpuFlashAttention)
+    # Asks CUDA for the name of the device.
+    _replace("trl.experimental.async_grpo.async_grpo_trainer", "get_peak_flops_per_device", lambda *_: None)
+
+
+def _replace(module: str, name: str, value: object) -> None:
+    found = importlib.import_module(module)
+    assert hasattr(found, name), f"{module} has no {name} any more"
+    setattr(found, name, value)
 
 
 class _FileTransfer:
@@ -308,7 +311,7 @@ class _FileTransfer:
 
 
 @contextmanager
-def _server(model: str, work: Path) -> Iterator[str]:
+def _server(model: str, work: Path) -> Generator[str]:
     """A vLLM server on the second core; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

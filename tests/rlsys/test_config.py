@@ -50,7 +50,7 @@ KEGG = {"kind": "kegg", "train": "a.jsonl", "validation": "b.jsonl", "test": "c.
     ({"learner": {"gpus": 2}}, "learner.gpus=2: a rank drives 0 or 1 GPU"),
     ({"learner": {"gpus": 0.5}}, "learner.gpus=0.5: a rank drives 0 or 1 GPU"),
     ({"rollout": {"gpus": 1.5}}, "rollout.gpus=1.5: above 1 it must be a whole number"),
-    ({"rollout": {"max_new_tokens": 600}},
+    ({"rollout": {"max_new_tokens": 600}, "learner": {"micro_batch_tokens": 512}},
      "rollout.max_new_tokens=600 leaves no room for a prompt in learner.micro_batch_tokens=512"),
     ({"task": KEGG, "policy": {"kind": "tiny", "tokenizer": "bpe"}, "rewards": {"steps": {"kind": "amino_acid"}}},
      "rewards.steps.kind=amino_acid needs the amino acids of task.kind=variant_consequence, which task.kind=kegg does"),

@@ -171,7 +171,7 @@ def test_a_path_with_an_equals_sign_is_a_value(file: Path) -> None:
     ("learner.precision=fp16", "learner.precision: Input should be 'fp32' or 'bf16', got 'fp16'"),
     # variants
     ("task.kind=keg", "task.kind: keg; use one of 'variant_consequence', 'kegg'"),
-    ("grpo.loss={delta: 0.1}", "grpo.loss.kind: not given; use one of 'dppo', 'ppo_clip', 'reinforce'"),
+    ("grpo.loss={delta: 0.1}", "grpo.loss.kind: not given; use one of 'dppo', 'reinforce', 'ppo_clip', "),
     ("rewards.answer.kind=anser", "rewards.answer.kind: Input should be 'format', 'answer'"),
     # overrides that are none
     ("grpo.steps", "override 'grpo.steps': write it as a.b=value"),

@@ -68,7 +68,7 @@ def test_a_section_says_where_there_is_more() -> None:
 
 def test_names_that_the_user_chooses_stand_for_any() -> None:
     assert "rewards.NAME" in explain("rewards")
-    assert explain("rewards.mine").startswith("rewards.mine")
+    assert explain("rewards.mine").startswith("rewards.mine -- ")
     assert explain("rewards.mine.weight").startswith("rewards.mine.weight: float")
     with pytest.raises(ConfigError, match=r"rewards\.mine\.weigth: no such key; rewards\.mine has .*weight"):
         explain("rewards.mine.weigth")

@@ -4,7 +4,7 @@ import pytest
 
 from rlsys.metrics import METRICS, Metrics, Reduction, spec_of
 
-AREAS = "train|reward|group|staleness|rollout|embed|evaluation|time|throughput|tokens"
+AREAS = "train|off_policy|length|reward|group|staleness|rollout|embed|evaluation|time|throughput|tokens"
 
 
 def test_each_name_is_reduced_in_its_own_way() -> None:

@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -78,6 +78,7 @@ def test_a_trajectory_alone_has_nothing_to_be_compared_with(of_group: OfGroup) -
 
 
 @every_kind
+@settings(deadline=None)
 @given(rewards=REWARDS, constant=st.floats(-5, 5))
 def test_advantages_sum_to_0_and_a_constant_changes_nothing(
     of_group: OfGroup, rewards: list[float], constant: float
@@ -142,6 +143,7 @@ def subsets_max(rewards: list[float], k: int) -> float:
     return sum(best) / len(best)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=7), st.integers(1, 6))
 def test_pass_at_k_weights_are_those_of_an_enumeration_of_subsets(rewards: list[float], k: int) -> None:
     size = min(k, len(rewards) - 1)
@@ -156,6 +158,7 @@ def test_pass_at_k_weights_are_those_of_an_enumeration_of_subsets(rewards: list[
     np.testing.assert_allclose(pass_at_k(np.array(rewards), k), expected, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=9))
 def test_pass_at_1_is_leave_one_out(rewards: list[float]) -> None:
     np.testing.assert_allclose(pass_at_k(np.array(rewards), 1), rloo(np.array(rewards)), atol=1e-9)

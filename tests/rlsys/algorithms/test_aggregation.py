@@ -1,7 +1,7 @@
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.algorithms.aggregation import Aggregation, is_streamable, sample_weights
@@ -37,6 +37,7 @@ def test_a_sample_without_tokens_has_no_weight(kind: Aggregation) -> None:
     assert sample_weights([0, 0], kind, num_trajectories=2, max_new_tokens=5, step_tokens=0) == [0, 0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=20), st.data())
 def test_streamed_weights_are_those_of_the_whole_step(sizes: list[int], data: st.DataObject) -> None:
     cut = data.draw(st.integers(1, len(sizes) - 1))

@@ -52,7 +52,7 @@ def test_masked_tokens_have_no_loss_no_gradient_and_no_diagnostics(name: str) ->
     # Also where they hold what padding may hold: infinities and NaN.
     loss = LOSSES[name][0]
     tokens = make_tokens(
-        logprobs=values(-1.0, -math.inf, math.nan, -1.0, -1.0),
+        logprobs=values(-1.0, -math.inf, math.nan, -1.0, -1.0).requires_grad_(),
         behavior_logprobs=values(-1.2, -math.inf, 0.0, math.nan, -1.2),
         advantages=values(1.0, 1.0, math.nan, math.inf, math.nan),
         mask=values(1, 0, 0, 0, 0),

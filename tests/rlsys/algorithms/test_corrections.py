@@ -1,14 +1,12 @@
 import math
 from collections.abc import Callable
-from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.corrections import icepop, incompatible, sequence_mask, tis
+from rlsys.algorithms.corrections import icepop, sequence_mask, tis
 from rlsys.algorithms.tokens import PolicyTokens
-from rlsys.config_grpo import Correction, Loss
 from tests.rlsys.algorithms.builders import flat_tokens, logs, make_tokens, random_tokens, values
 
 CORRECTIONS: dict[str, Callable[[PolicyTokens], Tensor]] = {
@@ -121,13 +119,3 @@ def test_weights_do_not_depend_on_the_order_of_tokens(name: str) -> None:
 @every_correction
 def test_a_token_that_the_sampler_found_impossible_gives_a_finite_weight(name: str) -> None:
     assert torch.isfinite(CORRECTIONS[name](with_proximal(torch.tensor([-0.1]), torch.tensor([-200.0])))).all()
-
-
-def kinds(union: object) -> list[str]:
-    return [section.model_fields["kind"].annotation.__args__[0] for section in get_args(get_args(union)[0])]
-
-
-def test_losses_that_contain_the_weight_already_take_no_other() -> None:
-    refused = {(loss, correction) for loss in kinds(Loss) for correction in kinds(Correction)
-               if incompatible(loss, correction) is not None}  # fmt: skip
-    assert refused == {(loss, weight) for loss in ("dppo", "m2po", "decoupled_ppo") for weight in ("tis", "icepop")}

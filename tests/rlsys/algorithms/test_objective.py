@@ -6,7 +6,8 @@ from typing import get_args
 import pytest
 import torch
 
-from rlsys.algorithms.corrections import WEIGHTS, icepop, incompatible, sequence_mask, tis
+from rlsys.algorithms.combinations import WEIGHTS, incompatible
+from rlsys.algorithms.corrections import icepop, sequence_mask, tis
 from rlsys.algorithms.losses import cispo, decoupled_ppo, dppo_tv, ppo_clip, reinforce, sapo
 from rlsys.algorithms.objective import PolicyObjective
 from rlsys.algorithms.regularisers import kl

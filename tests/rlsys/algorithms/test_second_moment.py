@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.algorithms.second_moment import m2po, outward_log_ratios, second_moment_threshold
@@ -29,6 +29,7 @@ def test_a_step_without_outward_tokens_masks_nothing() -> None:
     assert second_moment_threshold(torch.zeros(0), 0.04) == math.inf
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=30), st.floats(1e-3, 2), st.randoms())
 def test_the_kept_tokens_obey_the_bound_and_no_further_one_could_be_kept(
     log_ratios: list[float], tau: float, random: object

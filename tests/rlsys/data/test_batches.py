@@ -53,6 +53,17 @@ def test_a_penalty_for_length_makes_equal_rewards_differ() -> None:
     assert maker().reason_to_drop(one) is DropReason.FILTERED
 
 
+def test_an_advantage_that_sees_more_than_rewards_decides_what_teaches() -> None:
+    # All solved, one at greater length: nothing for the group mean, something where length counts among successes.
+    one = make_group(0, [make_trajectory([(0, 2)], 1.0), make_trajectory([(0, 9)], 1.0)])
+    assert maker().reason_to_drop(one) is DropReason.FILTERED
+    assert maker(advantage={"kind": "length_controlled"}).reason_to_drop(one) is None
+    # The best of two is solved whichever of the four is left out: nothing for max@2, something for the mean.
+    nearly = group(1.0, 1.0, 1.0, 0.0)
+    assert maker(group_size=4).reason_to_drop(nearly) is None
+    assert maker(group_size=4, advantage={"kind": "pass_at_k", "k": 2}).reason_to_drop(nearly) is DropReason.FILTERED
+
+
 def test_truncated_completions_count_in_the_mean_and_not_in_the_loss_where_they_are_masked() -> None:
     cut = make_trajectory([(0, 10)], 0.0, finish_reason=FinishReason.LENGTH)
     one = make_group(0, [make_trajectory([(0, 2)], 1.0), cut])

@@ -179,6 +179,17 @@ def test_a_restored_curriculum_goes_on_as_the_one_that_was_saved(
     assert restored.state() == whole.state()
 
 
+def test_a_problem_that_came_back_unmeasured_is_still_there_after_a_restore() -> None:
+    whole, restored = curriculum(10, seed=1), curriculum(10, seed=1)
+    lost = whole.next().problem_id
+    rates = {str(name): 0.5 for name in range(10)}
+    draws_with(whole, {name: rate for name, rate in rates.items() if name != lost}, 10)
+    whole.record(whole.next().problem_id, 0.5)  # the lost one is back from here on, and was not drawn
+    assert lost in whole.state()["returned"]
+    restored.restore(json.loads(json.dumps(whole.state())))
+    assert draws_with(restored, rates, 50) == draws_with(whole, rates, 50)
+
+
 def test_the_same_seed_and_records_give_the_same_draws_and_another_seed_others() -> None:
     rates = {str(name): name / 50 for name in range(50)}
     assert draws_with(curriculum(50), rates, 100) == draws_with(curriculum(50), rates, 100)

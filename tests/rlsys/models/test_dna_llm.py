@@ -90,7 +90,7 @@ def test_packed_sequences_equal_separate_ones_in_value_and_gradient() -> None:
 def test_logprobs_are_those_of_the_full_logits_at_the_temperature() -> None:
     model = packed_policy(tied=False)
     inputs = packed_inputs()
-    scored = model(**inputs, temperature=0.6, logprob_chunk=3)
+    scored = model(**inputs, temperature=0.6, max_logits=3 * VOCABULARY)
     predictors, targets = inputs.pop("predictor_positions"), inputs.pop("target_ids")
     logits = model(**inputs).logits.flatten(0, 1)[predictors] / 0.6
     expected = torch.log_softmax(logits, dim=-1)

@@ -16,7 +16,7 @@ from rlsys.models.dna_llm import DnaLlm, sequence_inputs
 from rlsys.models.lora import LoraOptions, apply_lora, merged_state_dict
 from rlsys.models.packed_attention import PACKED
 from rlsys.models.packing_check import check_packing
-from tests.rlsys.models.tiny_models import features, prompt, tiny_policy
+from tests.rlsys.models.tiny_models import VOCABULARY, features, prompt, tiny_policy
 
 pytestmark = pytest.mark.slow
 RANKS, STEPS, LEARNING_RATE = 2, 2, 0.05
@@ -41,7 +41,7 @@ def batch(rank: int) -> dict[str, Any]:
 
 def loss_of(forward: Callable[..., Any], rank: int) -> torch.Tensor:
     targets = sum(len(batch(other)["target_ids"]) for other in range(RANKS))
-    return -forward(**batch(rank), logprob_chunk=2).logprobs.sum() / targets
+    return -forward(**batch(rank), max_logits=2 * VOCABULARY).logprobs.sum() / targets
 
 
 def train_alone(with_lora: bool) -> dict[str, torch.Tensor]:

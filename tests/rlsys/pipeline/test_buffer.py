@@ -255,6 +255,7 @@ def test_a_snapshot_keeps_what_is_neither_trained_nor_dropped() -> None:
         snapshot = pickle.loads(pickle.dumps((await buffer_in_all_states()).snapshot()))
         assert [group.ticket for group in snapshot.finished] == [1, 2]
         assert snapshot.in_flight == (Admission(3, make_problem(3)),)
+        assert snapshot.passers == ()  # 0 was trained, but is older than all that are left
         restored = TrajectoryBuffer.restore(StrictStaleness(6, 1), snapshot, learner_version=1)
         assert restored.in_flight() == [Admission(3, make_problem(3))]
         assert (restored.num_held, restored.depth, restored.capacity) == (3, 2, 7)

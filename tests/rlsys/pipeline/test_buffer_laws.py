@@ -37,7 +37,7 @@ HEAVY_TAIL = Pace(learn_seconds=10.0, groups_at_once=40, streaming=True)
 """Half of the groups take up to 2 s, and one in a hundred over a minute: six steps of the learner."""
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(policy=policies(), pace=ANY_PACE, seed=SEEDS)
 def test_the_laws_hold_for_any_order_of_events(policy: StalenessPolicy, pace: Pace, seed: int) -> None:
     run_checked(TrajectoryBuffer, policy, pace, seed, steps=12)
@@ -62,7 +62,7 @@ def test_a_slow_learner_reaches_the_bound(bound: int, groups_per_step: int, stre
     assert books.most_held == (bound + 1) * groups_per_step
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(bound=BOUNDS, groups_per_step=BATCH_SIZES, pace=ANY_PACE, seed=SEEDS)
 def test_a_streamed_batch_is_the_batch_that_is_waited_for(
     bound: int, groups_per_step: int, pace: Pace, seed: int
@@ -82,7 +82,7 @@ def test_a_streamed_batch_is_the_batch_that_is_waited_for(
     assert [sorted(batch) for batch in streamed.batches] == [sorted(batch) for batch in waited_for.batches]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(bound=BOUNDS, groups_per_step=BATCH_SIZES, pace=ANY_PACE, seed=SEEDS)
 def test_a_window_of_none_is_the_strict_policy(bound: int, groups_per_step: int, pace: Pace, seed: int) -> None:
     windowed, strict = (

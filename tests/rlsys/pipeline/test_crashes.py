@@ -82,7 +82,7 @@ def run_with_crashes(
         checkpoint = run_sitting(buffer_type, policy, pace, seed + sitting, checkpoint, crash)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(policy=policies(), pace=ANY_PACE, seed=SEEDS, crashes=CRASHES)
 def test_a_run_killed_at_any_event_goes_on_without_losing_or_repeating_a_group(
     policy: StalenessPolicy, pace: Pace, seed: int, crashes: list[Crash]

@@ -121,8 +121,9 @@ def test_what_a_step_is_told_is_forgotten_after_the_window() -> None:
 
 def test_empty_completions_have_no_bias() -> None:
     log = LengthLog()
-    log.generated([0, 0])
-    log.trained([0, 0])
+    for _ in range(2):
+        log.generated([0, 0])
+        log.trained([0, 0])
     assert "length/bias" not in log.end_step()
 
 

@@ -100,7 +100,7 @@ def test_the_worst_staleness_counts_the_batches_that_may_come_before() -> None:
     # Ten older groups wait: two whole batches of 4 are before it; with 3 passes left, three are.
     assert StrictStaleness(5, 4).worst_staleness(now=1, place=10, passed=0) == 3
     assert WindowedStaleness(5, 4, 5).worst_staleness(now=1, place=10, passed=2) == 4
-    assert WindowedStaleness(5, 4, 5).worst_staleness(now=1, place=10, passed=7) == 3
+    assert WindowedStaleness(5, 4, 5).worst_staleness(now=1, place=10, passed=8) == 3
     assert EvictStaleness(5, 4).worst_staleness(now=9, place=10, passed=0) == 5
 
 
