@@ -34,7 +34,7 @@ class EmbeddingService:
     def __init__(self, make_encoder: Callable[[], DnaEncoder], batch_size: int, cache_bytes: int) -> None:
         """`make_encoder` is called here, in the service's own process. `cache_bytes` bounds the features in memory."""
         self._encoder = make_encoder()
-        self._encoder.encode(["ACGTAC"])  # loads the weights: at the start, and not within somebody's first request
+        self._encoder.load()
         self._batch_size = batch_size
         self._cache = FeatureCache(cache_bytes)
         self._pending: dict[str, asyncio.Future[NDArray[np.float32]]] = {}

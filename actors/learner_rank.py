@@ -162,6 +162,7 @@ class LearnerRank:
         policy = self._current_objective.policy
         assert policy is not None, "demonstrations need no ratios"
         by_key = _merge(features)
+        self._engine.eval()
         ratios = [policy.step_log_ratios(self._tokens(batch, self._forward(batch, by_key))) for batch in micro_batches]
         return torch.cat(ratios).cpu().numpy()
 
@@ -169,8 +170,8 @@ class LearnerRank:
         """Add the gradients of micro-batches to the next step's; `threshold` is for a loss that asked for one."""
         started = time.monotonic()
         by_key = _merge(features)
-        self._engine.train()
         references = self._reference_logprobs(micro_batches, by_key)
+        self._engine.train()
         sums = [
             self._accumulate_one(batch, reference_N, threshold, by_key)
             for batch, reference_N in zip(micro_batches, references, strict=True)
@@ -180,6 +181,7 @@ class LearnerRank:
     def _reference_logprobs(self, micro_batches: Sequence[MicroBatch], by_key: Features) -> list[Tensor | None]:
         if self._reference is None:
             return [None] * len(micro_batches)
+        self._engine.eval()
         with self._reference.in_place(), torch.no_grad():
             return [self._forward(batch, by_key).logprobs for batch in micro_batches]
 

@@ -47,6 +47,10 @@ class DnaEncoder(Protocol):
         """Content key of the features of `sequence`: 32 hexadecimal digits."""
         ...
 
+    def load(self) -> None:
+        """Read the weights now, and not within the first `encode`."""
+        ...
+
     def encode(self, sequences: Sequence[str]) -> list[NDArray[Any]]:
         """Features [S, E] of each sequence, in order. Raises DataError as `num_positions`."""
         ...
@@ -128,19 +132,27 @@ class EsmEncoder:
         """See `DnaEncoder`."""
         return {"kind": "esm", "id": self._encoder_id, "layer": self._layer, "dtype": self._dtype}
 
-    def encode(self, sequences: Sequence[str]) -> list[NDArray[Any]]:
-        """Features [S_i, E] in input order; sequences of similar length share a pass, with true masks."""
-        lengths = [self.num_positions(sequence) for sequence in sequences]
+    def load(self) -> None:
+        """See `DnaEncoder`."""
+        self._loaded()
+
+    def _loaded(self) -> EsmRunner:
         if self._runner is None:
             from rlsys.models.esm import EsmRunner  # here, so that counting positions does not cost torch
 
             self._runner = EsmRunner(self._directory, layer=self._layer, dtype=self._dtype, device=self._device)
+        return self._runner
+
+    def encode(self, sequences: Sequence[str]) -> list[NDArray[Any]]:
+        """Features [S_i, E] in input order; sequences of similar length share a pass, with true masks."""
+        lengths = [self.num_positions(sequence) for sequence in sequences]
+        runner = self._loaded()
         order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
         prefix, suffix = self._special_ids()
         features: dict[int, NDArray[Any]] = {}
         for batch in _batches(order, lengths, self._batch_positions):
             ids = [[*prefix, *self._tokenizer.ids(sequences[index]), *suffix] for index in batch]
-            hidden = self._runner.run(ids, padding_id=self._tokenizer.vocabulary["<pad>"])
+            hidden = runner.run(ids, padding_id=self._tokenizer.vocabulary["<pad>"])
             for index, rows in zip(batch, hidden, strict=True):
                 features[index] = np.ascontiguousarray(rows[len(prefix) : len(prefix) + lengths[index]])
         return [features[index] for index in range(len(sequences))]

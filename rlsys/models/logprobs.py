@@ -6,6 +6,8 @@ once per backward, whatever the number of chunks. Invariant: the result does not
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -54,10 +56,39 @@ def _chunk_logprobs(
     temperature: float,
     entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    logits_CV = nn.functional.linear(hidden_CH, weight_VH, bias_V).float() / temperature
-    log_normaliser_C = torch.logsumexp(logits_CV, dim=-1)
-    logprobs_C = logits_CV.gather(-1, target_ids_C[:, None])[:, 0] - log_normaliser_C
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        probabilities_CV = torch.exp(logits_CV - log_normaliser_C[:, None])
-        entropies_C = log_normaliser_C - (probabilities_CV * logits_CV).sum(dim=-1)
-    return logprobs_C, entropies_C
+    logits_CV = nn.functional.linear(hidden_CH, weight_VH, bias_V).float()
+    if temperature != 1.0:
+        logits_CV = logits_CV / temperature
+    if not entropy_gradient:
+        return cast("tuple[Tensor, Tensor]", _LogprobAndEntropy.apply(logits_CV, target_ids_C))
+    log_probabilities_CV = torch.log_softmax(logits_CV, dim=-1)
+    entropies_C = -(log_probabilities_CV.exp() * log_probabilities_CV).sum(dim=-1)
+    return log_probabilities_CV.gather(-1, target_ids_C[:, None])[:, 0], entropies_C
+
+
+class _LogprobAndEntropy(torch.autograd.Function):
+    """log p(target) with its gradient, and the entropy without, from one pass over the logits.
+
+    Keeps the probabilities p for the backward pass, d log p(target) / d logits = onehot(target) - p: with a large
+    vocabulary the passes over [C, V] are what a small model's head costs beside its matrix product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, target_ids_C: Tensor) -> tuple[Tensor, Tensor]:
+        shifted_CV = logits_CV - logits_CV.amax(dim=-1, keepdim=True)
+        probabilities_CV = shifted_CV.exp()
+        sums_C = probabilities_CV.sum(dim=-1)
+        probabilities_CV *= sums_C.reciprocal()[:, None]
+        ctx.save_for_backward(probabilities_CV, target_ids_C)
+        logprobs_C = shifted_CV.gather(-1, target_ids_C[:, None])[:, 0] - sums_C.log()
+        entropies_C = sums_C.log() - torch.linalg.vecdot(probabilities_CV, shifted_CV)
+        ctx.mark_non_differentiable(entropies_C)
+        return logprobs_C, entropies_C
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        probabilities_CV, target_ids_C = ctx.saved_tensors
+        logprob_gradient_C = gradients[0]
+        gradient_CV = probabilities_CV * -logprob_gradient_C[:, None]
+        gradient_CV.scatter_add_(-1, target_ids_C[:, None], logprob_gradient_C[:, None])
+        return gradient_CV, None

@@ -83,7 +83,14 @@ class _Sums:
     tokens_squared: int = 0
 
     def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+        return _Sums(
+            self.groups + other.groups,
+            self.n + other.n,
+            self.tokens + other.tokens,
+            self.n_squared + other.n_squared,
+            self.n_tokens + other.n_tokens,
+            self.tokens_squared + other.tokens_squared,
+        )
 
 
 @dataclass(frozen=True)

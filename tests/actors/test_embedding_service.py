@@ -19,6 +19,9 @@ class CountingEncoder:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
 
+    def load(self) -> None:
+        """Nothing to load."""
+
     def encode(self, sequences: Sequence[str]) -> list[NDArray[np.float32]]:
         self.batches.append(list(sequences))
         if any("X" in sequence for sequence in sequences):

@@ -17,7 +17,7 @@ from actors.learner_rank import LearnerOptions, LearnerRank
 from actors.ports import Features, Objective
 from rlsys.algorithms.objective import PolicyObjective
 from rlsys.config import ClusterConfig, LearnerConfig, LoraConfig, TinyPolicy
-from rlsys.config_grpo import DppoLoss
+from rlsys.config_grpo import DppoLoss, KlConfig, M2poLoss, PpoClipLoss
 from rlsys.models.policy import load_policy, new_policy, save_policy
 from rlsys.models.tiny import make_tiny_policy
 from rlsys.models.weights import read_weights
@@ -176,6 +176,59 @@ def test_a_restored_learner_goes_on_bit_for_bit(bench: Bench, one_rank: tuple[Re
     found = bench.drive(tmp_path, script, micro_batch_tokens=64)
     assert found.losses == one_rank[0].losses[3:]
     assert _largest_difference(found.weights, one_rank[0].weights) == 0.0
+
+
+REGULARISED = Objective(
+    PolicyObjective(PpoClipLoss(kind="ppo_clip"), kl=KlConfig(weight=0.5), entropy_weight=0.01), 1e-3, 2, 1.0
+)
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage", "lora"), [(1, 1, None), (2, 3, LoraConfig(rank=4))])
+def test_the_reference_is_the_policy_at_the_start_also_after_a_restore(
+    bench: Bench, tmp_path: Path, ranks: int, zero_stage: int, lora: LoraConfig | None
+) -> None:
+    samples, features = batch()
+
+    async def kls(learner: LearnerGroup, steps: int) -> list[float]:
+        found: list[float] = []
+        for _ in range(steps):
+            await learner.accumulate(samples, [features])
+            found.append((await learner.step()).metrics["train/reference_kl"])
+        return found
+
+    async def begin(learner: LearnerGroup) -> Result:
+        await learner.enter(GRPO)
+        await step(learner, 2)  # the reference is what is held at `enter`, not what was loaded
+        await learner.enter(REGULARISED)
+        first = await kls(learner, 2)
+        await learner.save(tmp_path)
+        return Result(first + await kls(learner, 1), {})
+
+    async def go_on(learner: LearnerGroup) -> Result:
+        await learner.restore(tmp_path, REGULARISED, 2)
+        return Result(await kls(learner, 1), {})
+
+    settings: dict[str, int] = {"micro_batch_tokens": 64, "ranks": ranks, "zero_stage": zero_stage}
+    found = bench.drive(tmp_path, begin, lora=lora, **settings).losses
+    assert found[0] == pytest.approx(0, abs=1e-7)
+    assert found[2] > found[1] > 1e-6
+    assert bench.drive(tmp_path, go_on, lora=lora, **settings).losses == pytest.approx(found[2:], rel=1e-5)
+
+
+def test_a_mask_over_the_whole_step_does_not_depend_on_ranks_and_packing(bench: Bench, tmp_path: Path) -> None:
+    objective = Objective(PolicyObjective(M2poLoss(kind="m2po", tau=0.01)), 1e-3, 2, 1.0)
+
+    async def script(learner: LearnerGroup) -> Result:
+        await learner.enter(objective)
+        samples, features = batch()
+        await learner.accumulate(samples, [features])
+        report = await learner.step()
+        return Result([report.metrics["train/loss"], report.metrics["train/ratio_clipped_fraction"]], {})
+
+    one = bench.drive(tmp_path, script, micro_batch_tokens=64).losses
+    two = bench.drive(tmp_path, script, micro_batch_tokens=300, ranks=2).losses
+    assert 0 < one[1] < 1, "some tokens are masked"
+    assert two == pytest.approx(one, abs=1e-6)
 
 
 def test_lora_trains_adapters_and_projector_and_publishes_them_merged(

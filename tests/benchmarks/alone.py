@@ -22,8 +22,8 @@ from rlsys.types import (
     TrajectoryGroup,
     VersionSpan,
 )
-from tests.benchmarks.measured import Measured
-from tests.benchmarks.ours import LEARNER_CORE, OTHER_CORE, configuration
+from tests.benchmarks.measured import Measured, two_cores
+from tests.benchmarks.ours import configuration
 from tests.benchmarks.workload import (
     END_IDS,
     FIRST_WORD_ID,
@@ -40,7 +40,7 @@ from tests.benchmarks.workload import (
 
 def run_rollout_alone(work: Path, steps: int, warmup: int) -> Measured:
     """The rollout worker on one core, always with spare groups queued; a step is 16 finished groups."""
-    os.sched_setaffinity(0, {OTHER_CORE})
+    os.sched_setaffinity(0, {two_cores()[1]})
     ends, lengths = asyncio.run(_generate(work, PROMPTS_PER_STEP * (steps + warmup)))
     marks = ends[PROMPTS_PER_STEP * warmup - 1 :: PROMPTS_PER_STEP]
     measured = lengths[PROMPTS_PER_STEP * warmup :]
@@ -109,7 +109,7 @@ class _InProcess:
 
 def run_learner_alone(work: Path, steps: int, warmup: int) -> Measured:
     """The learner's rank on one core, on made-up trajectories with the lengths of W; without publishing."""
-    os.sched_setaffinity(0, {LEARNER_CORE})
+    os.sched_setaffinity(0, {two_cores()[0]})
     return asyncio.run(_learn(work, steps, warmup))
 
 

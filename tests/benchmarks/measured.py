@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from tests.benchmarks.workload import TRAJECTORIES_PER_STEP
+
 SECONDS_BETWEEN_LOOKS = 2.0
 
 
@@ -54,6 +56,17 @@ class Measured:
     def per_second(self, amount: float | None) -> float | None:
         """An amount of all measured steps, per second."""
         return None if amount is None else amount / self.seconds
+
+    def rates(self) -> dict[str, float | None]:
+        """What follows from the rest, for readers of the JSON."""
+        return {
+            "step_seconds_median": self.median_step,
+            "step_seconds_min": min(self.step_seconds),
+            "step_seconds_max": max(self.step_seconds),
+            "trajectories_per_second": self.per_second(len(self.step_seconds) * TRAJECTORIES_PER_STEP),
+            "generated_tokens_per_second": self.per_second(self.generated_tokens),
+            "trained_tokens_per_second": self.per_second(self.trained_tokens),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -106,6 +119,12 @@ def _pss_kb(pid: int) -> float:
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0.0
     return next((float(line.split()[1]) * 1.024 for line in lines if line.startswith("Pss:")), 0.0)
+
+
+def two_cores() -> tuple[int, int]:
+    """The first two that this process may use: the learner's, and that of everything else."""
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    return first, second
 
 
 def pin(pid: int, core: int) -> None:

@@ -20,7 +20,7 @@ import psutil
 
 from rlsys.config import Config
 from rlsys.pipeline.waits import Role, WaitTimes
-from tests.benchmarks.measured import Measured, pin
+from tests.benchmarks.measured import Measured, pin, two_cores
 from tests.benchmarks.workload import (
     GROUP_SIZE,
     LEARNING_RATE,
@@ -33,7 +33,6 @@ from tests.benchmarks.workload import (
     problems,
 )
 
-LEARNER_CORE, OTHER_CORE = 0, 1
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 """For the process of a part. vLLM would pin its threads itself, to cores that it takes for free."""
 
@@ -84,13 +83,14 @@ class _Moment:
 
 def run_system(work: Path, steps: int, warmup: int, *, staleness: int, streaming: bool) -> Measured:
     """GRPO on W by the real roles; the figures are those that the run records about itself."""
-    os.sched_setaffinity(0, {OTHER_CORE})
+    learner_core, other_core = two_cores()
+    os.sched_setaffinity(0, {other_core})
     config = configuration(work, steps + warmup, staleness=staleness, streaming=streaming)
-    moments = asyncio.run(_train(config, work))
+    moments = asyncio.run(_train(config, work, learner_core))
     return _measured(moments[warmup - 1 :])
 
 
-async def _train(config: Config, work: Path) -> list[_Moment]:
+async def _train(config: Config, work: Path, learner_core: int) -> list[_Moment]:
     """What `actors.run` does, with W's problems and renderer in place of a task's."""
     from actors.checkpoint import Checkpoints
     from actors.cluster import Cluster
@@ -127,7 +127,7 @@ async def _train(config: Config, work: Path) -> list[_Moment]:
         async with Cluster(config.cluster, cpus, 0, None) as cluster:
             with Placement(cluster, config, model, factory) as placement:
                 roles = await placement.all_roles(clock, prepared.pad_token_id)
-                _pin_learner()
+                _pin_learner(learner_core)
                 trackers = Listener(config, directory, cluster)
                 episodes = Episodes(renderer, roles.embedders, roles.pool)
                 checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
@@ -140,11 +140,11 @@ async def _train(config: Config, work: Path) -> list[_Moment]:
     return moments
 
 
-def _pin_learner() -> None:
+def _pin_learner(core: int) -> None:
     """Give the learner's process the core that nothing else is on. Ray names processes after their actors."""
     learners = [one for one in psutil.Process().children(recursive=True) if "LearnerRank" in " ".join(one.cmdline())]
     assert len(learners) == 1, f"{len(learners)} processes look like the learner"
-    pin(learners[0].pid, LEARNER_CORE)
+    pin(learners[0].pid, core)
 
 
 def _measured(moments: list[_Moment]) -> Measured:
@@ -180,5 +180,5 @@ def _measured(moments: list[_Moment]) -> Measured:
         staleness_mean=mean("staleness/mean"),
         staleness_max=max(metrics["staleness/max"] for metrics in measured),
         thrown_away_tokens=counted("tokens/filtered", "tokens/failed", "tokens/stale", "tokens/cancelled"),
-        details={name: mean(name) for name in details},
+        details={name: mean(name) for name in details if any(name in metrics for metrics in measured)},
     )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.benchmarks.measured import Measured
-from tests.benchmarks.workload import TRAJECTORIES_PER_STEP
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def _staleness(one: Measured) -> str:
 COLUMNS: Mapping[str, Callable[[Measured], str]] = {
     "s/step": lambda one: f"{one.median_step:.2f}",
     "min-max": lambda one: f"{min(one.step_seconds):.2f}-{max(one.step_seconds):.2f}",
-    "traj/s": lambda one: f"{len(one.step_seconds) * TRAJECTORIES_PER_STEP / one.seconds:.1f}",
+    "traj/s": lambda one: _number(".1f", one.rates()["trajectories_per_second"]),
     "generated tok/s": lambda one: _number(".0f", one.per_second(one.generated_tokens)),
     "trained tok/s": lambda one: _number(".0f", one.per_second(one.trained_tokens)),
     "tok/completion": lambda one: _number(".1f", one.completion_tokens_mean),

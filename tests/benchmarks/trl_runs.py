@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.benchmarks.measured import Measured
+from tests.benchmarks.measured import Measured, pin, two_cores
 from tests.benchmarks.workload import (
     GROUP_SIZE,
     LEARNING_RATE,
@@ -67,6 +67,7 @@ def run_synchronous(work: Path, steps: int, warmup: int, engine: Literal["vllm",
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
+    os.sched_setaffinity(0, two_cores())
     torch.set_num_threads(2)
     model = str(make_text_model(work / "text"))
     more: dict[str, Any] = {}
@@ -112,8 +113,10 @@ def run_asynchronous(work: Path, steps: int, warmup: int) -> Measured:
     from trl.experimental.async_grpo.async_grpo_trainer import AsyncGRPOTrainer
 
     model = str(make_text_model(work / "text"))
+    trainer_core, server_core = two_cores()
+    pin(os.getpid(), server_core)
     with _server(model, work) as url:
-        os.sched_setaffinity(0, {0})
+        pin(os.getpid(), trainer_core)
         torch.set_num_threads(1)
         _patch_packed_attention()
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -312,7 +315,7 @@ class _FileTransfer:
 
 @contextmanager
 def _server(model: str, work: Path) -> Generator[str]:
-    """A vLLM server on the second core; yields its address."""
+    """A vLLM server on the core that this process is on now; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -336,7 +339,7 @@ def _server(model: str, work: Path) -> Generator[str]:
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     with (work / "trl_server.log").open("w") as log:
         process = subprocess.Popen(
-            ["taskset", "-c", "1", *command],
+            command,
             env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
