@@ -183,7 +183,10 @@ REGULARISED = Objective(
 )
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage", "lora"), [(1, 1, None), (2, 3, LoraConfig(rank=4))])
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "lora"),
+    [(1, 1, None), pytest.param(2, 3, LoraConfig(rank=4), marks=pytest.mark.slow)],
+)
 def test_the_reference_is_the_policy_at_the_start_also_after_a_restore(
     bench: Bench, tmp_path: Path, ranks: int, zero_stage: int, lora: LoraConfig | None
 ) -> None:
@@ -215,6 +218,7 @@ def test_the_reference_is_the_policy_at_the_start_also_after_a_restore(
     assert bench.drive(tmp_path, go_on, lora=lora, **settings).losses == pytest.approx(found[2:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mask_over_the_whole_step_does_not_depend_on_ranks_and_packing(bench: Bench, tmp_path: Path) -> None:
     objective = Objective(PolicyObjective(M2poLoss(kind="m2po", tau=0.01)), 1e-3, 2, 1.0)
 

@@ -76,6 +76,7 @@ def test_the_final_policy_loads_in_transformers_and_is_not_the_first_one(run: Pa
     assert load_tokenizer(run / "policy").eos_token == "<|im_end|>"
 
 
+@pytest.mark.slow
 def test_generate_answers_a_problem_given_as_json(run: Path) -> None:
     question = json.loads((run / "trajectories.jsonl").read_text().splitlines()[0])["question"]
     problem = json.dumps({"problem_id": "mine", "question": question, "dna": ["ATGGCTTGC", "ATGGATTGC"]})
