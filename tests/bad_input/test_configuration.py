@@ -70,7 +70,8 @@ COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["rollout.max_new_tokens=128"], ["rollout.max_new_tokens=128", "rollout.max_model_tokens=128",
                                          "raise the second"]),
     "a_completion_fits_into_a_micro_batch": (
-        ["learner.micro_batch_tokens=48"], ["rollout.max_new_tokens=48", "learner.micro_batch_tokens=48", "raise the second"]),
+        ["learner.micro_batch_tokens=48"],
+        ["rollout.max_new_tokens=48", "learner.micro_batch_tokens=48", "raise the second"]),
     "the_batch_divides_over_the_ranks": (
         ["learner.ranks=3", "sft=null"], ["grpo.groups_per_step=4", "learner.ranks=3", "use a multiple of 3"]),
     "the_warm_start_divides_over_the_ranks": (
@@ -85,7 +86,8 @@ COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["evaluation.problems=4"], ["evaluation.problems=4", "task.test_problems=3",
                                     "lower the first or raise the second"]),
     "streaming_needs_weights_known_in_advance": (
-        ["grpo.streaming=true"], ["grpo.streaming=true", "grpo.aggregation=token_mean", "use grpo.aggregation=constant"]),
+        ["grpo.streaming=true"],
+        ["grpo.streaming=true", "grpo.aggregation=token_mean", "use grpo.aggregation=constant"]),
     "streaming_needs_advantages_of_single_groups": (
         ["grpo.streaming=true", "grpo.aggregation=constant", "grpo.advantage.kind=reinforce_plus_plus"],
         ["grpo.streaming=true", "grpo.advantage.kind=reinforce_plus_plus", "use another advantage"]),

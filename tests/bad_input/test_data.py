@@ -102,8 +102,8 @@ CASES: dict[str, tuple[Callable[[], None], list[str], list[str]]] = {
          "Raise "]),
     "a completion that would not fit into a row": (
         nothing, ["learner.micro_batch_tokens=50"],
-        ["problem train:1: its prompt has ", "rollout.max_new_tokens 32, together more than learner.micro_batch_tokens=50",
-         "Raise "]),
+        ["problem train:1: its prompt has ",
+         "rollout.max_new_tokens 32, together more than learner.micro_batch_tokens=50", "Raise "]),
     "a row too short for anything": (
         nothing, ["learner.micro_batch_tokens=50", "task.over_long=drop"], ["leaves none of the 2 train problems",
                                                                     "learner.micro_batch_tokens"]),
