@@ -100,7 +100,9 @@ class PpoClipLoss(Section):
 
 
 class DecoupledPpoLoss(Section):
-    """Decoupled PPO: the trust region is around the proximal policy, the behavior policy enters as a capped weight."""
+    """Decoupled PPO: the trust region is around the proximal policy, the behavior policy enters as a capped weight. A
+    batch makes one optimizer step here, so the proximal policy is the current one and only the weight acts.
+    """
 
     kind: Literal["decoupled_ppo"]
     epsilon_low: Annotated[Float, Field(gt=0, lt=1)] = 0.2
@@ -161,7 +163,9 @@ Loss = Annotated[
 
 
 class TruncatedCorrection(Section):
-    """TIS: multiply the loss by the importance weight, truncated at a cap."""
+    """TIS: multiply the loss by the importance weight, truncated at a cap. The loss's own ratio is then 1, because a
+    batch makes one optimizer step, and its clip does not act.
+    """
 
     kind: Literal["tis"]
     cap: Annotated[Float, Field(ge=1)] = 2.0
