@@ -324,6 +324,7 @@ def test_version_spans_must_cover_the_completion() -> None:
             to_version_spans([WeightVersionSpan(*span) for span in spans], tokens)
 
 
+@pytest.mark.slow
 def test_a_killed_front_end_leaves_no_engine_process(rig: Rig, tmp_path: Path) -> None:
     script = """
         import asyncio, multiprocessing, sys, time
