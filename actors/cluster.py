@@ -32,11 +32,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import psutil
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.metrics import Gauge
 
 from rlsys.config import ClusterConfig
 from rlsys.errors import RlsysError, RoleError
+from rlsys.pipeline.waits import within
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class ActorProxy:
             raise RoleError(
                 f"{self._role}: its process died during {method} after {seconds:.1f} s: {str(error).splitlines()[0]}"
             ) from error
+        except RayError as error:  # an object or a node was lost, a process could not be placed, memory ran out, ...
+            raise RoleError(f"{self._role}: {method} failed with {type(error).__name__}: {error}") from error
 
     def _kill(self) -> None:
         ray.kill(self._handle)
@@ -159,7 +162,12 @@ class Cluster:
         """Where Ray keeps what every process printed."""
 
     async def __aenter__(self) -> Cluster:
-        await asyncio.to_thread(self._start)
+        await within(
+            self._config.start_timeout_seconds,
+            asyncio.to_thread(self._start),
+            role=f"Ray {f'at {self._address}' if self._address else 'on this machine'}",
+            call="start (cluster.start_timeout_seconds)",
+        )
         # Ray takes SIGTERM for itself in ray.init; from here on it ends the run as Ctrl-C does.
         task = asyncio.current_task()
         assert task is not None, "a cluster is entered by a task"
@@ -257,8 +265,8 @@ class Cluster:
 
     async def node_of(self, proxy: ActorProxy) -> str:
         """The id of the node on which an actor runs."""
-        handle = proxy._handle  # pyright: ignore[reportPrivateUsage] (its maker)
-        return await handle.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+        asked = proxy._handle.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())  # pyright: ignore[reportPrivateUsage]
+        return await proxy._wait(asked, "node_of")  # pyright: ignore[reportPrivateUsage] (its maker)
 
     def kill(self, proxy: ActorProxy) -> None:
         """End one actor at once, whatever it is doing."""

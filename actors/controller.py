@@ -9,10 +9,14 @@ generated; otherwise it waits for all of them, and a step is accumulated at once
 | the learn loop waits for | until | woken by |
 |---|---|---|
 | groups of the step | the buffer hands them out | `put`; a drop that makes room for the next oldest |
-| the previous load | it is live on every worker | the workers |
+| the previous load | no evaluation holds it back, and it is live on every worker | the evaluation, the workers |
+
+What goes on beside the two loops (loads, evaluations, every group's rollout) are tasks of one group with them: the
+first error, whoever has it, ends them all at once and is the error of the run. Besides these waits there are only calls
+of roles, each of which has a deadline of its own.
 
 Invariant: slots are returned only when the weights that were trained on the groups are live on every worker. Together
-with admission in order this bounds the staleness exactly (`rlsys.pipeline.staleness`). A failing loop ends the run.
+with admission in order this bounds the staleness exactly (`rlsys.pipeline.staleness`).
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from dataclasses import dataclass
 
 from actors.episodes import Episodes
 from actors.interleaved import InterleavedEvaluation
+from actors.mismatch_probe import MismatchProbe
 from actors.ports import FeaturesRef, Learner, StepReport
 from actors.roll_out import RollOut
 from actors.rollout_pool import RolloutPool
@@ -65,9 +70,12 @@ class Controller:
         evaluation: InterleavedEvaluation,
         metrics: StepMetrics,
         clock: WaitClock,
+        learner_ranks: int = 1,
     ) -> None:
+        """A streamed step is taken `learner_ranks` groups at a time at least, so that no rank is without one."""
         self._groups_per_step = config.groups_per_step
-        self._take = buffer.take_next if config.streaming else buffer.take_batch
+        self._streams = config.streaming
+        self._learner_ranks = learner_ranks
         self._roll_out = roll_out
         self._learner = learner
         self._pool = pool
@@ -77,37 +85,47 @@ class Controller:
         self._evaluation = evaluation
         self._metrics = metrics
         self._clock = clock
-        self._load: asyncio.Task[None] | None = None
+        self._probe = MismatchProbe(learner, buffer, batches, roll_out.features)
+        self._load: tuple[asyncio.Task[None], asyncio.Task[None]] | None = None
+        """The newest load: until it may begin, and until it is live."""
 
     async def run(self, last_version: int, after_step: AfterStep) -> None:
         """Train until the learner holds `last_version` and its weights are live; await `after_step` after each step."""
         async with asyncio.TaskGroup() as tasks:
+            self._evaluation.begin(self._learner.version, tasks)
             rolling = tasks.create_task(self._roll_out.run(tasks))
             while self._learner.version < last_version:
-                await after_step(await self._learn())
+                await after_step(await self._learn(tasks))
             await self._await_load()
-            await self._evaluation.finish()
+            with self._clock.blocked(Role.LEARNER, Cause.EVALUATION):
+                await self._evaluation.finish()
             rolling.cancel()
             self._buffer.close("the last step is done")
             self._roll_out.cancel()
 
-    async def _learn(self) -> StepRecord:
+    async def _learn(self, tasks: asyncio.TaskGroup) -> StepRecord:
         """One optimizer step, and the publication of its weights."""
         parts: list[Batch] = []
         taken = 0
         while taken < self._groups_per_step:
             with self._clock.blocked(Role.LEARNER, Cause.GROUPS):
-                groups = await self._take(self._learner.version)
+                groups = await self._take()
             taken += len(groups)
             parts.append(await self._accumulate(groups))
-        with self._clock.busy(Role.LEARNER):
-            report = await self._learner.step()
         groups = [group for part in parts for group in part.groups]
+        with self._clock.busy(Role.LEARNER):
+            await self._probe.run(groups)
+            report = await self._learner.step()
         samples = [sample for part in parts for sample in part.samples]
         self._buffer.record_trained(tokens_in_loss(groups, samples))
         self._roll_out.forget_dropped()
-        await self._publish([group.ticket for group in groups])
+        await self._publish([group.ticket for group in groups], tasks)
         return StepRecord(report, parts, self._metrics.end_step(report, samples))
+
+    async def _take(self) -> list[TrajectoryGroup]:
+        if self._streams:
+            return await self._buffer.take_next(self._learner.version, at_least=self._learner_ranks)
+        return await self._buffer.take_batch(self._learner.version)
 
     async def _accumulate(self, groups: Sequence[TrajectoryGroup]) -> Batch:
         for group in groups:
@@ -125,7 +143,7 @@ class Controller:
         kept = [known.pop(group.ticket) for group in groups if group.ticket in known]
         return kept + await self._episodes.embed(restored)
 
-    async def _publish(self, tickets: Sequence[int]) -> None:
+    async def _publish(self, tickets: Sequence[int], tasks: asyncio.TaskGroup) -> None:
         """Write the weights; the workers load them while the learner goes on, and loads never overtake each other."""
         await self._await_load()
         started = time.monotonic()
@@ -133,14 +151,21 @@ class Controller:
             weights = await self._learner.publish()
         self._metrics.record("time/publish_seconds", time.monotonic() - started)
 
+        may_load = tasks.create_task(self._pool.may_load())
+
         async def load() -> None:
+            await may_load
             self._metrics.record("time/weight_load_seconds", await self._pool.load(weights))
             self._buffer.release(tickets)
-            self._evaluation.begin(weights.version)
+            self._evaluation.begin(weights.version, tasks)
+            self._metrics.note_engines(await self._pool.stats())
 
-        self._load = asyncio.create_task(load())
+        self._load = may_load, tasks.create_task(load())
 
     async def _await_load(self) -> None:
         if self._load is not None:
+            may_load, load = self._load
+            with self._clock.blocked(Role.LEARNER, Cause.EVALUATION):
+                await may_load
             with self._clock.blocked(Role.LEARNER, Cause.WEIGHT_LOAD):
-                await self._load
+                await load

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from actors.ports import EmbeddingService, EmbedReport, FeaturesRef, Sampling
+from actors.embedder_pool import EmbedderPool
+from actors.ports import EmbedReport, FeaturesRef, Sampling
 from actors.rollout_pool import RolloutPool
 from rlsys.data.prompts import PromptRenderer
 from rlsys.types import Completion, Problem, Prompt
@@ -26,17 +26,17 @@ class Generated:
 class Episodes:
     """What becomes of one problem."""
 
-    def __init__(self, renderer: PromptRenderer, embedders: Sequence[EmbeddingService], pool: RolloutPool) -> None:
+    def __init__(self, renderer: PromptRenderer, embedders: EmbedderPool, pool: RolloutPool) -> None:
         self._renderer = renderer
         self._embedders = embedders
         self._pool = pool
 
-    async def generate(self, problem: Problem, sampling: Sampling) -> Generated:
-        """Write completions for a problem."""
+    async def generate(self, problem: Problem, sampling: Sampling, *, evaluation: bool = False) -> Generated:
+        """Write completions for a problem. `evaluation` says who waits for them, for the wait clock."""
         prompt = self._renderer.render(problem)
-        with self._pool.preparing():
-            features, embedded = await self._embedders[self._replica(prompt)].embed(_sequences(prompt, problem))
-        completions = await self._pool.generate(prompt, sampling, features)
+        with nullcontext() if evaluation else self._pool.activity.preparing():
+            features, embedded = await self._embedders.embed(prompt, problem)
+        completions = await self._pool.generate(prompt, sampling, features, evaluation=evaluation)
         return Generated(prompt, features, embedded, completions)
 
     def demonstration(self, problem: Problem) -> tuple[Prompt, tuple[int, ...]]:
@@ -44,19 +44,5 @@ class Episodes:
         return self._renderer.render(problem), self._renderer.demonstration_ids(problem)
 
     async def embed(self, batch: Sequence[tuple[Prompt, Problem]]) -> list[FeaturesRef]:
-        """Features for many prompts at once: one reference for each replica that has some of them."""
-        sequences: defaultdict[int, dict[str, str]] = defaultdict(dict)
-        for prompt, problem in batch:
-            sequences[self._replica(prompt)] |= _sequences(prompt, problem)
-        answers = await asyncio.gather(
-            *(self._embedders[replica].embed(wanted) for replica, wanted in sequences.items())
-        )
-        return [features for features, _ in answers]
-
-    def _replica(self, prompt: Prompt) -> int:
-        """The same one for a sequence every time, so that it is cached once."""
-        return sum(prompt.slots[0].key.encode()) % len(self._embedders) if prompt.slots else 0
-
-
-def _sequences(prompt: Prompt, problem: Problem) -> dict[str, str]:
-    return {slot.key: sequence for slot, sequence in zip(prompt.slots, problem.dna, strict=True)}
+        """Features for many prompts at once: a few references that together have all."""
+        return await self._embedders.embed_many(batch)

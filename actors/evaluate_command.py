@@ -12,12 +12,12 @@ from actors.cluster import Cluster
 from actors.episodes import Episodes
 from actors.evaluator import evaluate
 from actors.progress import Progress
-from actors.roles import Placement, demands
+from actors.roles import Placement, demands, members
 from actors.run import prepare
 from rlsys.config import PretrainedPolicy
 from rlsys.config_file import load_config
 from rlsys.evaluation.accuracy import render_evaluation
-from rlsys.pipeline.waits import Role, WaitClock
+from rlsys.pipeline.waits import WaitClock
 
 
 async def evaluate_command(arguments: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ async def evaluate_command(arguments: argparse.Namespace) -> int:
     config = config.model_copy(update={"policy": PretrainedPolicy(kind="pretrained", path=str(arguments.policy))})
     progress = Progress(sys.stdout)
     needed = [one for one in demands(config) if one.role in ("rollout worker", "embedding service")]
-    clock = WaitClock(time.monotonic, {Role.ROLLOUT_WORKER: config.rollout.workers})
+    clock = WaitClock(time.monotonic, members(config))
     with tempfile.TemporaryDirectory() as models:
         prepared = prepare(config, Path(models), trains=False)
         async with Cluster(
@@ -39,7 +39,7 @@ async def evaluate_command(arguments: argparse.Namespace) -> int:
             arguments.address,
         ) as cluster:
             with Placement(cluster, config, prepared.model_dir, prepared.encoder) as placement:
-                embedders = await placement.embedders()
+                embedders = await placement.embedder_pool(clock)
                 pool = await placement.rollout_pool(clock)
                 try:
                     problems = prepared.task.splits["test"][: config.evaluation.problems]

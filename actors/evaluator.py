@@ -45,7 +45,10 @@ async def evaluate(
 
     async def answer(problem: Problem) -> tuple[list[Completion], Completion]:
         async with gate:
-            many, one = await asyncio.gather(episodes.generate(problem, sampled), episodes.generate(problem, greedy))
+            many, one = await asyncio.gather(
+                episodes.generate(problem, sampled, evaluation=True),
+                episodes.generate(problem, greedy, evaluation=True),
+            )
         progress(1)
         return list(many.completions), one.completions[0]
 

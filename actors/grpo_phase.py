@@ -18,7 +18,6 @@ from rlsys.data.batches import BatchMaker
 from rlsys.data.curriculum import Curriculum
 from rlsys.data.cursor import ProblemCursor, ProblemSource
 from rlsys.evaluation.accuracy import EvaluationResult
-from rlsys.models.vllm_plugin.options import EngineStats
 from rlsys.pipeline.buffer import TrajectoryBuffer
 from rlsys.pipeline.lengths import LengthLog
 from rlsys.pipeline.staleness import make_policy
@@ -48,6 +47,7 @@ async def run_grpo(session: Session, state: GrpoState | None) -> None:
     phase = _begin(session, state)
     # Engines count versions of this phase from here on; nothing may be admitted before its weights are live.
     await session.roles.pool.load(await learner.publish())
+    session.clock.lap()  # the first step's times begin here, and not with the run
     session.progress.begin(
         f"GRPO: {config.steps} steps of {config.groups_per_step} groups of {config.group_size}, "
         f"staleness at most {config.max_staleness}",
@@ -88,9 +88,7 @@ def _controller(session: Session, phase: _Phase) -> Controller:
     guard = FailureGuard(session.config.scoring.max_failed_fraction)
 
     def report(version: int, result: EvaluationResult) -> None:
-        metrics.record("evaluation/version", version)
-        metrics.record("evaluation/accuracy", result.accuracy)
-        metrics.record("evaluation/greedy_accuracy", result.greedy_accuracy)
+        session.trackers.log_evaluation(version, result)
         session.progress.say(
             f"  version {version}: accuracy {result.accuracy:.3f}, greedy {result.greedy_accuracy:.3f} on {result.n} "
             "validation problems"
@@ -102,6 +100,7 @@ def _controller(session: Session, phase: _Phase) -> Controller:
             session.sampling(config.group_size),
             episodes=session.episodes,
             scorers=roles.scorers,
+            activity=roles.pool.activity,
             buffer=phase.buffer,
             source=phase.source,
             batches=batches,
@@ -114,19 +113,16 @@ def _controller(session: Session, phase: _Phase) -> Controller:
         buffer=phase.buffer,
         batches=batches,
         evaluation=InterleavedEvaluation(
-            roles.pool, session.config.evaluation.every_steps, session.evaluate_interleaved, report
+            roles.pool,
+            session.config.evaluation.every_steps,
+            session.evaluate_interleaved,
+            report,
+            session.directory.evaluated_versions(Phase.GRPO),
         ),
         metrics=metrics,
         clock=session.clock,
+        learner_ranks=session.config.learner.ranks,
     )
-
-
-def _engine_metrics(engines: Sequence[EngineStats]) -> dict[str, float]:
-    queries = sum(engine.prefix_cache_queries for engine in engines)
-    return {
-        "rollout/prefix_cache_hit_fraction": sum(engine.prefix_cache_hits for engine in engines) / max(1, queries),
-        "rollout/preemptions": sum(engine.preemptions for engine in engines),
-    }
 
 
 SHOWN_REWARDS = {"reward": "reward/total", "accuracy": "reward/answer"}
@@ -147,7 +143,6 @@ class _Recorder:
         session, step, metrics = self._session, record.report.version, record.metrics
         metrics["throughput/trajectories_per_second"] = metrics["throughput/trained_trajectories"] / seconds
         metrics["throughput/trained_tokens_per_second"] = record.report.tokens / seconds
-        metrics |= _engine_metrics(await session.roles.pool.stats())
         session.totals.add_step(metrics, seconds, times)
         metrics["time/grpo_seconds"] = session.totals.grpo_seconds
         session.trackers.log(Phase.GRPO, step, metrics)

@@ -10,7 +10,7 @@ Invariant: all completions of an evaluation are of one version, and at most one 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from actors.evaluator import Evaluated
 from actors.rollout_pool import RolloutPool
@@ -27,24 +27,27 @@ class InterleavedEvaluation:
         every_versions: int | None,
         evaluate: Callable[[], Awaitable[Evaluated]],
         report: Callable[[int, EvaluationResult], None],
+        evaluated: Collection[int] = (),
     ) -> None:
-        """`report` gets the version and its result; None for `every_versions` never evaluates."""
+        """`report` gets the version and its result; None for `every_versions` never evaluates. Versions in `evaluated`
+        were evaluated before the run was resumed.
+        """
         self._pool = pool
         self._every_versions = every_versions
         self._evaluate = evaluate
         self._report = report
+        self._evaluated = evaluated
         self._under_way: asyncio.Task[None] | None = None
 
-    def begin(self, version: int) -> None:
-        """Note that `version` has just gone live on every worker, and evaluate it if its turn has come."""
-        if self._every_versions is None or version % self._every_versions:
+    def begin(self, version: int, tasks: asyncio.TaskGroup) -> None:
+        """Note that `version` has just gone live on every worker, and evaluate it in `tasks` if its turn has come."""
+        if self._every_versions is None or version % self._every_versions or version in self._evaluated:
             return
-        if self._under_way is not None:
-            self._under_way.result()  # no load, and so no version, goes past an evaluation
-        self._under_way = asyncio.create_task(self._run(version))
+        assert self._under_way is None or self._under_way.done(), "no load, and so no version, goes past an evaluation"
+        self._under_way = tasks.create_task(self._run(version))
 
     async def finish(self) -> None:
-        """Wait for the evaluation that is under way, if any; raises what it raised."""
+        """Wait for the evaluation that is under way, if any."""
         if self._under_way is not None:
             await self._under_way
 

@@ -135,6 +135,10 @@ class Learner(Protocol):
         """Add the gradients of samples to the next step's; `features` hold every key that the samples name."""
         ...
 
+    async def probe(self, samples: Sequence[TrainSample], features: Sequence[FeaturesRef]) -> None:
+        """Measure the mismatch of engine and learner on `samples`, for the metrics of the next step; trains nothing."""
+        ...
+
     async def step(self) -> StepReport:
         """One optimizer step with the gradients that were accumulated."""
         ...

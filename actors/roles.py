@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.cluster import CPU_ENGINE_ENVIRONMENT, ActorProxy, Cluster, Resources, shared_memory_directory
+from actors.embedder_pool import EmbedderPool
 from actors.embedding_service import EmbeddingService
 from actors.learner import LearnerGroup
 from actors.models import EncoderFactory
@@ -22,7 +22,7 @@ from actors.rollout_pool import RolloutPool
 from actors.scorer_pool import ScorerPool
 from rlsys.config import Config
 from rlsys.errors import RoleError
-from rlsys.pipeline.waits import WaitClock
+from rlsys.pipeline.waits import Role, WaitClock
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,23 @@ def demands(config: Config) -> list[Demand]:
     ]
 
 
+def members(config: Config) -> dict[Role, int]:
+    """How many of each role work on their own, for the wait clock; the learner's ranks work as one."""
+    return {
+        Role.LEARNER: 1,
+        Role.ROLLOUT_WORKER: config.rollout.workers,
+        Role.EMBEDDING_SERVICE: config.embedding.replicas,
+        Role.REWARD_SCORER: config.scoring.scorers,
+    }
+
+
 @dataclass
 class Roles:
     """The placed roles, as the controller calls them."""
 
     learner: LearnerGroup
     pool: RolloutPool
-    embedders: Sequence[Any]
+    embedders: EmbedderPool
     scorers: ScorerPool
 
 
@@ -78,8 +88,8 @@ class Placement:
         async with asyncio.TaskGroup() as tasks:
             learner = tasks.create_task(self._learner(pad_token_id))
             pool = tasks.create_task(self.rollout_pool(clock))
-            embedders = tasks.create_task(self.embedders())
-            scorers = tasks.create_task(self._scorer_pool())
+            embedders = tasks.create_task(self.embedder_pool(clock))
+            scorers = tasks.create_task(self._scorer_pool(clock))
         await self._check_one_host()
         return Roles(learner.result(), pool.result(), embedders.result(), scorers.result())
 
@@ -96,13 +106,13 @@ class Placement:
         """Start the rollout workers."""
         return RolloutPool(await asyncio.gather(*map(self._rollout_worker, range(self._config.rollout.workers))), clock)
 
-    async def embedders(self) -> list[Any]:
+    async def embedder_pool(self, clock: WaitClock) -> EmbedderPool:
         """Start the replicas of the embedding service."""
-        return list(await asyncio.gather(*map(self._embedder, range(self._config.embedding.replicas))))
+        return EmbedderPool(await asyncio.gather(*map(self._embedder, range(self._config.embedding.replicas))), clock)
 
-    async def _scorer_pool(self) -> ScorerPool:
+    async def _scorer_pool(self, clock: WaitClock) -> ScorerPool:
         scorers = await asyncio.gather(*(self._scorer() for _ in range(self._config.scoring.scorers)))
-        return ScorerPool(scorers, self._replace_scorer, self._config.rewards)
+        return ScorerPool(scorers, self._replace_scorer, self._config.rewards, clock)
 
     async def _learner(self, pad_token_id: int) -> LearnerGroup:
         from actors.learner_rank import LearnerOptions, LearnerRank

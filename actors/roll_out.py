@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from actors.episodes import Episodes, Generated
 from actors.ports import FeaturesRef, Sampling
+from actors.rollout_activity import RolloutActivity
 from actors.scorer_pool import ScorerPool
 from rlsys.data.batches import BatchMaker, pass_rate
 from rlsys.data.cursor import ProblemSource
@@ -40,6 +41,7 @@ class RollOut:
         *,
         episodes: Episodes,
         scorers: ScorerPool,
+        activity: RolloutActivity,
         buffer: TrajectoryBuffer,
         source: ProblemSource,
         batches: BatchMaker,
@@ -50,6 +52,7 @@ class RollOut:
         self._sampling = sampling
         self._episodes = episodes
         self._scorers = scorers
+        self._activity = activity
         self._buffer = buffer
         self._source = source
         self._batches = batches
@@ -74,7 +77,8 @@ class RollOut:
 
     def forget_dropped(self) -> None:
         """Let go of the features of groups that the buffer dropped after they were finished (too old)."""
-        self.features = {ticket: features for ticket, features in self.features.items() if ticket in self._buffer}
+        for ticket in [ticket for ticket in self.features if ticket not in self._buffer]:
+            del self.features[ticket]
 
     def _take_off(self, tasks: asyncio.TaskGroup, admission: Admission) -> None:
         flight = tasks.create_task(self._one(admission))
@@ -83,7 +87,8 @@ class RollOut:
 
     async def _one(self, admission: Admission) -> None:
         generated = await self._episodes.generate(admission.problem, self._sampling)
-        scores = await self._scorers.score(admission.problem, [one.text for one in generated.completions])
+        with self._activity.scoring():
+            scores = await self._scorers.score(admission.problem, [one.text for one in generated.completions])
         trajectories = tuple(map(Trajectory, generated.completions, scores))
         group = TrajectoryGroup(admission.ticket, admission.problem, generated.prompt, trajectories)
         solved = pass_rate(group)

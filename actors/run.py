@@ -18,7 +18,7 @@ from actors.episodes import Episodes
 from actors.grpo_phase import run_grpo
 from actors.models import encoder_factory, policy_directory, quieten_libraries
 from actors.progress import Progress
-from actors.roles import Placement, demands
+from actors.roles import Placement, demands, members
 from actors.session import Prepared, Session
 from actors.sft_phase import run_sft
 from actors.summarise import summarise
@@ -30,7 +30,7 @@ from rlsys.errors import ConfigError
 from rlsys.evaluation.accuracy import EvaluationResult
 from rlsys.pipeline.buffer import TrajectoryBuffer
 from rlsys.pipeline.staleness import make_policy
-from rlsys.pipeline.waits import Role, WaitClock
+from rlsys.pipeline.waits import WaitClock
 from rlsys.report.records import Phase, RunDirectory
 from rlsys.report.summary import RunStatus, Summary
 from rlsys.rewards.scoring import load_parts
@@ -108,7 +108,7 @@ class Training:
         prepared, checkpoints, found = self._prepared, self._checkpoints, self._found
         # Records and checkpoint tell the same story; without a checkpoint there is none yet.
         directory.rewind(*((found[1].phase, found[1].version) if found else (Phase.SFT, 0)))
-        clock = WaitClock(time.monotonic, {Role.LEARNER: 1, Role.ROLLOUT_WORKER: config.rollout.workers})
+        clock = WaitClock(time.monotonic, members(config))
         needed = demands(config)
         async with Cluster(
             config.cluster,

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from actors.ports import RewardScorer
 from rlsys.config import RewardPartConfig
 from rlsys.errors import RoleError
+from rlsys.pipeline.waits import Role, WaitClock
 from rlsys.types import PartScore, PartStatus, Problem, Score
 
 SLACK_SECONDS = 10.0
@@ -27,12 +28,14 @@ class ScorerPool:
         scorers: Sequence[RewardScorer],
         replace: Callable[[RewardScorer], Awaitable[RewardScorer]],
         parts: Mapping[str, RewardPartConfig],
+        clock: WaitClock,
     ) -> None:
         """`replace` ends a scorer, whatever it is doing, and starts another."""
         self._idle: asyncio.Queue[RewardScorer] = asyncio.Queue()
         for scorer in scorers:
             self._idle.put_nowait(scorer)
         self._replace = replace
+        self._clock = clock
         self._parts = tuple(parts)
         self._seconds_per_text = sum(part.timeout_seconds for part in parts.values())
 
@@ -41,7 +44,8 @@ class ScorerPool:
         deadline = self._seconds_per_text * len(texts) + SLACK_SECONDS
         scorer = await self._idle.get()
         try:
-            return await asyncio.wait_for(scorer.score(problem, texts), deadline)
+            with self._clock.busy(Role.REWARD_SCORER):
+                return await asyncio.wait_for(scorer.score(problem, texts), deadline)
         except (TimeoutError, RoleError) as error:
             why = str(error) or f"the scorer did not answer within {deadline:.0f} s and was replaced"
             status = PartStatus.TIMED_OUT if isinstance(error, TimeoutError) else PartStatus.FAILED

@@ -23,7 +23,7 @@ from rlsys.config import Config
 from rlsys.data.prompts import PromptRenderer
 from rlsys.evaluation.accuracy import EvaluationResult
 from rlsys.pipeline.buffer import TrajectoryBuffer
-from rlsys.pipeline.waits import WaitClock
+from rlsys.pipeline.waits import Role, WaitClock
 from rlsys.report.records import Phase, RunDirectory
 from rlsys.tasks.loading import TaskData
 from rlsys.types import Problem
@@ -128,4 +128,5 @@ class Session:
             evaluations={name: result.to_dict() for name, result in self.evaluations.items()},
             totals={**self.totals.to_dict(), "wall_seconds": self.wall_seconds},
         )
-        await self.checkpoints.save(state, self.roles.learner.save)
+        with self.clock.busy(Role.LEARNER):
+            await self.checkpoints.save(state, self.roles.learner.save)

@@ -11,6 +11,7 @@ from actors.episodes import Generated
 from actors.ports import StepReport
 from rlsys.algorithms.advantages import is_constant
 from rlsys.metrics import Metrics
+from rlsys.models.vllm_plugin.options import EngineStats
 from rlsys.pipeline.buffer import TrajectoryBuffer
 from rlsys.pipeline.lengths import LengthLog
 from rlsys.pipeline.staleness import group_staleness
@@ -57,6 +58,13 @@ class StepMetrics(Metrics):
         self.record("staleness/max", staleness.total)
         self.record("staleness/in_flight_mean", staleness.in_flight)
         self.record("staleness/in_queue_mean", staleness.in_queue)
+
+    def note_engines(self, engines: Sequence[EngineStats]) -> None:
+        """The engines' counters, since they started."""
+        queries = sum(engine.prefix_cache_queries for engine in engines)
+        hits = sum(engine.prefix_cache_hits for engine in engines)
+        self.record("rollout/prefix_cache_hit_fraction", hits / max(1, queries))
+        self.record("rollout/preemptions", sum(engine.preemptions for engine in engines))
 
     def end_step(self, report: StepReport, samples: Sequence[TrainSample]) -> dict[str, float]:
         """Return the metrics of the step that made `report`; the books must balance."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from actors.cluster import Cluster
 from rlsys.config import Config
+from rlsys.evaluation.accuracy import EvaluationResult
 from rlsys.report.records import Phase, RunDirectory
 
 
@@ -36,6 +37,18 @@ class Trackers:
         self._cluster.export_metrics(metrics)
         if self._wandb is not None:
             self._wandb.log({f"{phase}/step": step, **metrics})
+
+    def log_evaluation(self, version: int, result: EvaluationResult) -> None:
+        """Record an evaluation that was made while training went on, at the version that it is of."""
+        self._directory.append_evaluation(Phase.GRPO, version, result.to_dict())
+        metrics = {
+            "evaluation/version": float(version),
+            "evaluation/accuracy": result.accuracy,
+            "evaluation/greedy_accuracy": result.greedy_accuracy,
+        }
+        self._cluster.export_metrics(metrics)
+        if self._wandb is not None:
+            self._wandb.log({f"{Phase.GRPO}/step": version, **metrics})
 
     def close(self) -> None:
         """Finish what is open."""

@@ -153,6 +153,11 @@ class TrajectoryGroup:
         return min(trajectory.completion.first_version for trajectory in self.trajectories)
 
     @property
+    def last_version(self) -> int:
+        """The newest policy version that wrote a token in this group."""
+        return max(trajectory.completion.version_spans[-1].version for trajectory in self.trajectories)
+
+    @property
     def generated_tokens(self) -> int:
         """Tokens that the policy wrote in this group."""
         return sum(len(trajectory.completion.token_ids_T) for trajectory in self.trajectories)

@@ -13,7 +13,7 @@ buffer keeps the state, wakes who waits, and writes the ledger.
 |--------------|---------------------|-----------------------------------------|-------------------------------------|
 | `admit`      | a free slot         | the policy admits one more              | `release`, `drop`, `record_trained` |
 | `take_batch` | a whole batch       | the policy selects P finished groups    | `put`, `admit`, `drop`              |
-| `take_next`  | the next of a batch | it selects one or more                  | `put`, `admit`, `drop`              |
+| `take_next`  | the next of a batch | it selects as many as are asked for     | `put`, `admit`, `drop`              |
 | all three    |                     | or the buffer is closed: `BufferClosed` | `close`                             |
 |              |                     | or the deadline has passed: `RoleError` | the clock                           |
 
@@ -154,15 +154,17 @@ class TrajectoryBuffer:
         assert not self._in_training, "a batch is begun: record_trained closes it"
         return await self._take(learner_version, at_least=self._policy.groups_per_step, call="take_batch")
 
-    async def take_next(self, learner_version: int) -> list[TrajectoryGroup]:
-        """Return the groups that are now certain to be in the current batch, waiting for at least one.
+    async def take_next(self, learner_version: int, at_least: int = 1) -> list[TrajectoryGroup]:
+        """Return the groups that are now certain to be in the current batch, waiting for `at_least`, or for all that
+        are left of it where these are fewer.
 
         The calls of one batch return P groups in all; `record_trained` closes it. With the strict policy it is the
         same batch that `take_batch` returns: the P oldest groups that are not dropped. A group that is returned is one
         of the oldest for which there is room, and nothing that comes later is older. The other policies choose by what
         is finished at each call, so they take other groups where they are asked earlier; their bound is the same.
         """
-        return await self._take(learner_version, at_least=1, call="take_next")
+        left = self._policy.groups_per_step - len(self._in_training)
+        return await self._take(learner_version, at_least=min(at_least, left), call="take_next")
 
     def record_trained(self, trained_tokens: Mapping[int, int]) -> None:
         """Note that the optimizer step on a batch was made: from here on its groups are never trained again.
@@ -197,6 +199,10 @@ class TrajectoryBuffer:
     def in_flight(self) -> list[Admission]:
         """Return the admissions that are neither put nor dropped; after `restore`: what must be rolled out again."""
         return [Admission(*waiting) for waiting in self._waiting.items() if waiting[0] not in self._finished]
+
+    def finished(self) -> list[TrajectoryGroup]:
+        """Return the groups that wait for the learner, in order of finishing."""
+        return list(self._finished.values())
 
     def snapshot(self) -> BufferSnapshot:
         """Return what a checkpoint keeps.

@@ -42,11 +42,10 @@ class GroupStaleness(NamedTuple):
 
 def group_staleness(group: TrajectoryGroup, learner_version: int) -> GroupStaleness:
     """Return how stale `group` is for a learner whose weights are `learner_version`."""
-    last_version = max(trajectory.completion.version_spans[-1].version for trajectory in group.trajectories)
     return GroupStaleness(
         total=learner_version - group.first_version,
-        in_flight=last_version - group.first_version,
-        in_queue=learner_version - last_version,
+        in_flight=group.last_version - group.first_version,
+        in_queue=learner_version - group.last_version,
     )
 
 

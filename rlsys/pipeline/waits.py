@@ -47,12 +47,10 @@ class Cause(StrEnum):
     """Rollout waits for a slot: more groups would break the staleness bound (the buffer is full)."""
     WEIGHT_LOAD = "weight_load"
     """Weights are published or loaded."""
-    NO_PROMPTS = "no_prompts"
-    """Rollout could start, but there is no problem or its prompt is not ready."""
     EMBED_WAIT = "embed_wait"
     """A group waits for the features of its DNA."""
     REWARD_WAIT = "reward_wait"
-    """A generated group waits for its scores."""
+    """Generated groups wait for their scores, and hold the slots of those that could come next."""
     EVALUATION = "evaluation"
     """A weight load is held back until an evaluation, which is pinned to one version, is done."""
 
@@ -61,7 +59,6 @@ WAITS: Mapping[Role, tuple[Cause, ...]] = {
     Role.ROLLOUT_WORKER: (
         Cause.STALENESS_GATE,
         Cause.WEIGHT_LOAD,
-        Cause.NO_PROMPTS,
         Cause.EMBED_WAIT,
         Cause.REWARD_WAIT,
         Cause.EVALUATION,
@@ -80,7 +77,6 @@ _WAITED_FOR = {
     Cause.GROUPS: "for groups",
     Cause.STALENESS_GATE: "at the staleness gate",
     Cause.WEIGHT_LOAD: "for weights",
-    Cause.NO_PROMPTS: "for prompts",
     Cause.EMBED_WAIT: "for DNA features",
     Cause.REWARD_WAIT: "for scores",
     Cause.EVALUATION: "for an evaluation",
@@ -89,7 +85,6 @@ _CULPRITS = {
     Cause.GROUPS: "rollout workers are",
     Cause.STALENESS_GATE: "the learner is",
     Cause.WEIGHT_LOAD: "the weight transfer is",
-    Cause.NO_PROMPTS: "the preparation of prompts is",
     Cause.EMBED_WAIT: "the embedding service is",
     Cause.REWARD_WAIT: "reward scorers are",
     Cause.EVALUATION: "the evaluation is",
@@ -133,10 +128,11 @@ class WaitTimes:
     def bottleneck(self) -> str:
         """Return one sentence: the longest wait, and what to change to shorten it.
 
-        Where the learner waits for groups, and rollout itself waits longer for features or scores than it generates,
-        the service it waits for is named, not the rollout workers. Where both sides wait for each other at comparable
-        length (the shorter wait is at least half the longer), it is the staleness bound that keeps them from
-        overlapping: with S = 0 they take turns, whatever their numbers.
+        Where the learner waits for groups, and rollout itself waits longer for features, scores or the like than it
+        generates, what it waits for is named, not the rollout workers. Where the learner hardly waits, it is the
+        learner that the rest is fast enough for, whatever the rollout workers wait for. Where both sides wait for each
+        other at comparable length (the shorter wait is at least half the longer), it is the staleness bound that keeps
+        them from overlapping: with S = 0 they take turns, whatever their numbers.
         """
         for_groups = self.blocked_fraction(Role.LEARNER, Cause.GROUPS)
         at_gate = self.blocked_fraction(Role.ROLLOUT_WORKER, Cause.STALENESS_GATE)
@@ -149,8 +145,12 @@ class WaitTimes:
         fraction = self.blocked_fraction(role, cause)
         if fraction < BALANCED_BELOW:
             return f"no role waits for more than {100 * BALANCED_BELOW:.0f} % of its time; the run is balanced"
-        culprit = _CULPRITS[self._behind_rollout() if cause is Cause.GROUPS else cause]
-        return f"{_WAITERS[role]} {100 * fraction:.0f} % {_WAITED_FOR[cause]}; {culprit} the bottleneck"
+        behind = cause
+        if cause is Cause.GROUPS:
+            behind = self._behind_rollout()
+        elif role is Role.ROLLOUT_WORKER and self._learner_waits() < BALANCED_BELOW:
+            behind = Cause.STALENESS_GATE
+        return f"{_WAITERS[role]} {100 * fraction:.0f} % {_WAITED_FOR[cause]}; {_CULPRITS[behind]} the bottleneck"
 
     def metrics(self) -> dict[str, float]:
         """Return the fractions under their names in `rlsys.metrics`; roles without members are left out."""
@@ -160,6 +160,9 @@ class WaitTimes:
             if seconds > 0
             for part, value in self.fractions(role).items()
         }
+
+    def _learner_waits(self) -> float:
+        return sum(self.blocked_fraction(Role.LEARNER, cause) for cause in WAITS[Role.LEARNER])
 
     def _behind_rollout(self) -> Cause:
         role = Role.ROLLOUT_WORKER

@@ -3,13 +3,14 @@
     runs/<name>/
         config.yaml            read again, it repeats the run
         metrics.jsonl          {"phase": "grpo", "step": 7, "reward/answer": 0.41, ...}
+        evaluations.jsonl      {"phase": "grpo", "step": 7, "accuracy": 0.52, ...}: of version 7, while training went on
         trajectories.jsonl     {"phase": "grpo", "step": 7, "problem_id": ..., "completion": ..., "parts": {...}, ...}
         checkpoints/           written by actors.checkpoint
         summary.json           written whole, when there is something to sum up
 
-Stands at the end of every step; only the driver writes here. The one invariant: each line is one complete step or
-trajectory of the run that is told, so that lines beyond the checkpoint from which a run goes on are taken out before it
-does. Every line reaches the operating system at once: a killed driver loses none.
+Stands at the end of every step; only the driver writes here. The one invariant: each line is one complete step,
+evaluation or trajectory of the run that is told, so that lines beyond the checkpoint from which a run goes on are taken
+out before it does. Every line reaches the operating system at once: a killed driver loses none.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +45,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
+        self._evaluations = path / "evaluations.jsonl"
         self._trajectories = path / "trajectories.jsonl"
         self._summary = path / "summary.json"
 
@@ -81,6 +83,16 @@ class RunDirectory:
         """Add the line of a step; a number that is not finite becomes null."""
         _append(self._metrics, phase, step, [metrics])
 
+    def append_evaluation(self, phase: Phase, version: int, result: Mapping[str, Any]) -> None:
+        """Add the evaluation of a policy version. Such lines come later than those of the steps that went on."""
+        _append(self._evaluations, phase, version, [result])
+
+    def evaluated_versions(self, phase: Phase) -> set[int]:
+        """The versions of `phase` that have a line. Raises CheckpointError when the file is damaged."""
+        if not self._evaluations.exists():
+            return set()
+        return {version for found, version, _ in _lines(self._evaluations) if found is phase}
+
     def append_trajectories(self, phase: Phase, step: int, trajectories: Sequence[Mapping[str, Any]]) -> None:
         """Add a line for each record (see `trajectory_record`)."""
         _append(self._trajectories, phase, step, trajectories)
@@ -90,9 +102,12 @@ class RunDirectory:
 
         Raises CheckpointError when a file is damaged.
         """
-        for path in (self._metrics, self._trajectories):
+        for path in (self._metrics, self._evaluations, self._trajectories):
             if path.exists():
-                _write_atomically(path, "".join(_lines_until(path, phase, step)))
+                order = list(Phase)
+                last = (order.index(phase), step)
+                kept = (line for found, number, line in _lines(path) if (order.index(found), number) <= last)
+                _write_atomically(path, "".join(kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace `summary.json`; a reader sees the old one or the new one, never a part."""
@@ -139,23 +154,19 @@ def _append(path: Path, phase: Phase, step: int, records: Sequence[Mapping[str, 
         file.write("".join(line + "\n" for line in lines))
 
 
-def _lines_until(path: Path, phase: Phase, step: int) -> list[str]:
-    order = list(Phase)
-    last = (order.index(phase), step)
-    kept: list[str] = []
+def _lines(path: Path) -> Iterator[tuple[Phase, int, str]]:
+    """Phase, step and text of each whole line."""
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
         # What stands after the last line end is left out above: the driver was killed while it wrote it.
         try:
             record = json.loads(line)
-            place = (order.index(Phase(record["phase"])), int(record["step"]))
+            place = Phase(record["phase"]), int(record["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}:{number}: not a line that a run wrote, so it cannot be continued; "
                 "take the line out or restore the file."
             ) from error
-        if place <= last:
-            kept.append(line + "\n")
-    return kept
+        yield *place, line + "\n"
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+from actors.embedder_pool import EmbedderPool
 from actors.episodes import Episodes
 from actors.ports import StepReport
 from actors.warm_start import WarmStart
 from rlsys.config import SftConfig
-from tests.fakes import FakeEmbedder, FakeLearner, FakeRenderer, problem
+from rlsys.pipeline.waits import WaitClock
+from tests.fakes import FakeEmbedder, FakeLearner, FakeRenderer, problem, ticking_clock
 
 PROBLEMS = [problem(number) for number in range(10)]
 
@@ -19,7 +21,8 @@ def run(learner: FakeLearner, last: int) -> list[int]:
     async def after_step(report: StepReport) -> None:
         told.append(report.version)
 
-    episodes = Episodes(FakeRenderer(), [FakeEmbedder()], None)  # pyright: ignore[reportArgumentType]
+    embedders = EmbedderPool([FakeEmbedder()], WaitClock(ticking_clock(), {}))
+    episodes = Episodes(FakeRenderer(), embedders, None)  # pyright: ignore[reportArgumentType]
     warm_start = WarmStart(SftConfig(steps=9, batch_size=4), learner, episodes, PROBLEMS, seed=0)
     asyncio.run(warm_start.run(last, after_step))
     return told

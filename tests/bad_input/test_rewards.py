@@ -14,11 +14,12 @@ from actors.reward_scorer import RewardScorer
 from actors.scorer_pool import ScorerPool
 from rlsys.config import RewardPartConfig
 from rlsys.errors import RewardError, RoleError
+from rlsys.pipeline.waits import Role, WaitClock
 from rlsys.rewards.failures import FailureGuard
 from rlsys.types import PartStatus, Problem, Score, Trajectory
 from tests.bad_input.conftest import Refused
 from tests.fakes import completion, problem
-from tests.rlsys.virtual_time import run_virtual
+from tests.rlsys.virtual_time import run_virtual, time_of_loop
 
 FUNCTIONS = """\
 import time
@@ -213,7 +214,8 @@ def test_a_scorer_that_is_lost_is_replaced_and_its_group_counted(
         return Working()
 
     async def run() -> tuple[list[Score], list[Score]]:
-        pool = ScorerPool([lost], replace, {"answer": RewardPartConfig(kind="answer", timeout_seconds=5.0)})
+        parts = {"answer": RewardPartConfig(kind="answer", timeout_seconds=5.0)}
+        pool = ScorerPool([lost], replace, parts, WaitClock(time_of_loop(), {Role.REWARD_SCORER: 1}))
         return await pool.score(problem(), ["a", "b"]), await pool.score(problem(), ["c"])
 
     first, second = run_virtual(run())

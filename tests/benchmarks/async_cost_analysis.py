@@ -169,11 +169,10 @@ def read_cell(run: Path) -> CellResult | None:
     summary = read_summary(run)
     if summary is None or summary["status"] != "finished":
         return None
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [line for line in map(json.loads, text.splitlines()) if line["phase"] == "grpo"]
+    lines = _read_lines(run / "metrics.jsonl")
     final = summary["evaluation"]["after_grpo"]
     return CellResult(
-        curves=learning_curves(lines),
+        curves=learning_curves(lines, _read_lines(run / "evaluations.jsonl")),
         final_accuracy=final["accuracy"],
         final_interval=(final["interval"][0], final["interval"][1]),
         staleness=summary["staleness"]["mean"],
@@ -183,18 +182,27 @@ def read_cell(run: Path) -> CellResult | None:
     )
 
 
+def _read_lines(path: Path) -> list[Mapping[str, Any]]:
+    """Those of GRPO; none where the file is not there."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [line for line in map(json.loads, text.splitlines()) if line["phase"] == "grpo"]
+
+
 def read_summary(run: Path) -> dict[str, Any] | None:
     """`summary.json` of a run directory; None where there is none."""
     path = run / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def learning_curves(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[Quantity, Axis], Curve]:
-    """Both quantities against both axes, from the lines of steps 1, 2, ... of `metrics.jsonl`."""
+def learning_curves(
+    lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = ()
+) -> dict[tuple[Quantity, Axis], Curve]:
+    """Both quantities against both axes, from the lines of steps 1, 2, ... of `metrics.jsonl`, and those of
+    `evaluations.jsonl`.
+    """
     versions = writing_versions(
         _column(lines, "group/trained"), _column(lines, "group/buffer_depth"), _column(lines, "staleness/mean")
     )
-    evaluated = [line for line in lines if line.get("evaluation/accuracy") is not None]
     curves: dict[tuple[Quantity, Axis], Curve] = {}
     for axis, name in ((Axis.TOKENS, "tokens/trained"), (Axis.SECONDS, "time/grpo_seconds")):
         x_V = np.concatenate([[0.0], _column(lines, name)])  # where version v came to be
@@ -204,7 +212,7 @@ def learning_curves(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[Quantity, 
 
         curves[Quantity.REWARD, axis] = Curve.of(at(versions), _column(lines, "reward/total"))
         curves[Quantity.ACCURACY, axis] = Curve.of(
-            at(_column(evaluated, "evaluation/version")), _column(evaluated, "evaluation/accuracy")
+            at(_column(evaluations, "step")), _column(evaluations, "accuracy")
         )
     return curves
 

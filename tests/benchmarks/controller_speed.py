@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.controller import Controller, StepRecord
+from actors.embedder_pool import EmbedderPool
 from actors.episodes import Episodes
 from actors.interleaved import InterleavedEvaluation
 from actors.ports import Features, Sampling
@@ -73,11 +74,12 @@ def make_controller(steps: int) -> Controller:
     """The controller of a run, as `actors.grpo_phase` puts it together, round scripted roles."""
     config = GrpoConfig(steps=steps, groups_per_step=GROUPS_PER_STEP, group_size=GROUP_SIZE)
     buffer = TrajectoryBuffer(make_policy(config.order, config.max_staleness, config.groups_per_step))
-    clock = WaitClock(time.monotonic, {Role.LEARNER: 1, Role.ROLLOUT_WORKER: WORKERS})
+    members = dict.fromkeys(Role, 1) | {Role.ROLLOUT_WORKER: WORKERS, Role.REWARD_SCORER: SCORERS}
+    clock = WaitClock(time.monotonic, members)
     workers: list[Any] = [FreeWorker() for _ in range(WORKERS)]
     pool = RolloutPool(workers, clock)
     renderer: Any = FakeRenderer()
-    episodes = Episodes(renderer, [FakeEmbedder()], pool)
+    episodes = Episodes(renderer, EmbedderPool([FakeEmbedder()], clock), pool)
     metrics = StepMetrics(buffer, clock, LengthLog())
     batches = BatchMaker(config, max_new_tokens=2 * COMPLETION_TOKENS)
     guard = FailureGuard(0.2)
@@ -91,8 +93,9 @@ def make_controller(steps: int) -> Controller:
             Sampling(GROUP_SIZE, 1.0, 2 * COMPLETION_TOKENS),
             episodes=episodes,
             scorers=ScorerPool(
-                [FakeScorer() for _ in range(SCORERS)], _never, {"answer": RewardPartConfig(kind="answer")}
+                [FakeScorer() for _ in range(SCORERS)], _never, {"answer": RewardPartConfig(kind="answer")}, clock
             ),
+            activity=pool.activity,
             buffer=buffer,
             source=ProblemCursor([problem(number) for number in range(1000)], seed=0, stream="grpo"),
             batches=batches,

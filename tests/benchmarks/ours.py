@@ -98,7 +98,7 @@ async def _train(config: Config, work: Path, learner_core: int) -> list[_Moment]
     from actors.grpo_phase import run_grpo
     from actors.models import encoder_factory, policy_directory, quieten_libraries
     from actors.progress import Progress
-    from actors.roles import Placement, demands
+    from actors.roles import Placement, demands, members
     from actors.session import Prepared, Session
     from actors.trackers import Trackers
     from rlsys.pipeline.waits import WaitClock
@@ -120,7 +120,7 @@ async def _train(config: Config, work: Path, learner_core: int) -> list[_Moment]
     task = TaskData({"train": train, "validation": train, "test": train}, lambda _: 0.0, "error", {})
     renderer: Any = WordRenderer()
     prepared = Prepared(task, renderer, model, factory, pad_token_id=0)
-    clock = WaitClock(time.monotonic, {Role.LEARNER: 1, Role.ROLLOUT_WORKER: config.rollout.workers})
+    clock = WaitClock(time.monotonic, members(config))
     cpus = sum(one.processes * one.each.cpus for one in demands(config))
     with (directory.path / "progress.log").open("w") as log:
         progress = Progress(log)

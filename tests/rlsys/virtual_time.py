@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -49,6 +50,22 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._jumping.now
+
+
+def time_of_loop() -> Callable[[], float]:
+    """A clock that reads the first loop in which it is asked; outside of it, it stands still."""
+    own: asyncio.AbstractEventLoop | None = None
+    last = 0.0
+
+    def now() -> float:
+        nonlocal own, last
+        with suppress(RuntimeError):
+            running = asyncio.get_running_loop()
+            own = own or running
+            last = own.time() if running is own else last
+        return last
+
+    return now
 
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:

@@ -175,6 +175,11 @@ def test_every_wait_has_a_sentence(role: Role) -> None:
         assert bottleneck_of({(role, cause): 50, (role, None): 50}).endswith(" the bottleneck")
 
 
+def test_a_learner_that_never_waits_is_the_bottleneck_whatever_the_workers_wait_for() -> None:
+    sentence = bottleneck_of({(WORKER, Cause.REWARD_WAIT): 50, (WORKER, None): 50, (LEARNER, None): 98})
+    assert sentence == "rollout workers wait 50 % for scores; the learner is the bottleneck"
+
+
 def test_short_waits_are_no_bottleneck() -> None:
     sentence = bottleneck_of({(LEARNER, Cause.GROUPS): 4, (WORKER, Cause.STALENESS_GATE): 4})
     assert sentence == "no role waits for more than 5 % of its time; the run is balanced"

@@ -207,3 +207,14 @@ def test_a_trajectory_is_told_in_readable_form(run: RunDirectory) -> None:
         }
     ]
     assert "é" in (run.path / "trajectories.jsonl").read_text(encoding="utf-8")
+
+
+def test_evaluations_stand_at_their_versions_and_are_rewound_with_the_steps(run: RunDirectory) -> None:
+    assert run.evaluated_versions(Phase.GRPO) == set()
+    for version in (0, 4, 8):
+        run.append_evaluation(Phase.GRPO, version, {"accuracy": 0.1 * version})
+    assert run.evaluated_versions(Phase.GRPO) == {0, 4, 8}
+    assert run.evaluated_versions(Phase.SFT) == set()
+    run.rewind(Phase.GRPO, 7)
+    assert run.evaluated_versions(Phase.GRPO) == {0, 4}
+    assert lines(run, "evaluations.jsonl")[1] == {"phase": "grpo", "step": 4, "accuracy": 0.4}
