@@ -58,7 +58,7 @@ def test_an_evaluation_that_holds_up_weights_is_named(bound: int) -> None:
     assert rig.waits is not None
     assert rig.waits.bottleneck().endswith("the evaluation is the bottleneck")
     assert rig.waits.blocked_fraction(Role.ROLLOUT_WORKER, Cause.EVALUATION) > 0.5
-    assert rig.waits.fractions(Role.LEARNER)["idle"] < 0.05, "the learner's wait has a name too"
+    assert rig.waits.fractions(Role.LEARNER)["idle"] == pytest.approx(0, abs=0.01), "the learner's wait has a name too"
 
 
 def test_equal_roles_that_take_turns_wait_for_the_staleness_bound() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 
-from actors.cluster import Cluster, Resources, shared_memory_directory
+from actors.cluster import ActorProxy, Cluster, Resources, shared_memory_directory
 from rlsys.config import ClusterConfig
 from rlsys.errors import DataError, RoleError
 
@@ -141,6 +141,24 @@ def test_what_nobody_waits_for_any_more_is_stopped(runner: asyncio.Runner, clust
         return False
 
     assert runner.run(ask())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.OwnerDiedError("0" * 56, None, "its owner has died"),
+        ray.exceptions.OutOfMemoryError("the host has no memory left"),
+        ray.exceptions.ActorUnschedulableError("no node has room"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_else_ray_raises_names_the_role_and_the_call(error: Exception) -> None:
+    async def lose() -> None:
+        raise error
+
+    proxy = ActorProxy(None, "learner 0", 5.0, ())
+    with pytest.raises(RoleError, match=f"^learner 0: accumulate failed with {type(error).__name__}: "):
+        asyncio.run(proxy._wait(lose(), "accumulate"))  # pyright: ignore[reportPrivateUsage]
 
 
 def test_metrics_reach_prometheus_under_their_names(runner: asyncio.Runner, cluster: Cluster) -> None:

@@ -121,6 +121,7 @@ def test_results_are_told_to_the_problem_source_and_lengths_to_the_log() -> None
     assert {rate for _, rate in told} == {0.25}  # of 4 completions, number 0 is right
     (last,) = [record.metrics for record in rig.records[-1:]]
     assert last["length/generated_mean"] == last["length/trained_mean"] == 2
+    assert last["rollout/prefix_cache_hit_fraction"] == 0.5
 
 
 @pytest.mark.parametrize("order", ["strict", "evict"])
