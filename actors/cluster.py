@@ -2,7 +2,7 @@
 
 A role is an ordinary class. `Cluster.place` makes a Ray actor of it and returns an `ActorProxy`, whose methods are
 coroutines with a deadline. Whatever goes wrong in a call comes out as the role's own RlsysError, or as a RoleError
-that names the role, the call and how long it waited.
+that names the role, the call and how long it waited: a RoleLostError where nothing more is to be had of that process.
 
 One invariant: when `Cluster.__aexit__` has returned, no process that it started is left.
 """
@@ -36,7 +36,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.metrics import Gauge
 
 from rlsys.config import ClusterConfig
-from rlsys.errors import RlsysError, RoleError
+from rlsys.errors import RlsysError, RoleError, RoleLostError
 from rlsys.pipeline.waits import within
 
 
@@ -126,7 +126,7 @@ class ActorProxy:
             ray.cancel(reference)
             raise
         except (TimeoutError, GetTimeoutError) as error:
-            raise RoleError(
+            raise RoleLostError(
                 f"{self._role}: {method} did not answer within {self._timeout_seconds:.0f} s "
                 "(cluster.call_timeout_seconds); it hangs, or the deadline is too short"
             ) from error
@@ -137,7 +137,7 @@ class ActorProxy:
             raise RoleError(f"{self._role}: {method} failed with {type(cause).__name__}: {cause}\n{error}") from error
         except RayActorError as error:
             seconds = time.monotonic() - started
-            raise RoleError(
+            raise RoleLostError(
                 f"{self._role}: its process died during {method} after {seconds:.1f} s: {str(error).splitlines()[0]}"
             ) from error
         except RayError as error:  # an object or a node was lost, a process could not be placed, memory ran out, ...
@@ -253,7 +253,11 @@ class Cluster:
         proxy = ActorProxy(handle, role, self._config.call_timeout_seconds, by_reference)
         self._proxies.append(proxy)
         starting = ActorProxy(handle, role, self._config.start_timeout_seconds, ())
-        await starting._wait(handle.__ray_ready__.remote(), "start")  # pyright: ignore[reportPrivateUsage]
+        try:
+            await starting._wait(handle.__ray_ready__.remote(), "start")  # pyright: ignore[reportPrivateUsage]
+        except RoleError:
+            self.kill(proxy)
+            raise
         return proxy
 
     def export_metrics(self, metrics: Mapping[str, float]) -> None:

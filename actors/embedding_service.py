@@ -8,7 +8,8 @@ several requests want is encoded once. Features do not depend on the policy vers
 | `embed` | features of its sequences | all are encoded or the encoder raised | `_encode_loop`, which sets the futures |
 | `_encode_loop` | something to encode | a request arrives | `embed`, which sets `_work` |
 
-Invariant: each key has at most one future; the encoder never sees a key that is cached or under way.
+Invariant: each key has at most one future, which only `_encode` ends; the encoder never sees a key that is cached or
+under way. A request that is cancelled (its group was given up) leaves its sequences to be encoded for the cache.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class EmbeddingService:
         cached = {key: features for key in sequences_by_key if (features := self._cache.get(key)) is not None}
         missing = {key: self._future(key, sequence) for key, sequence in sequences_by_key.items() if key not in cached}
         self._work.set()
-        encoded = dict(zip(missing, await asyncio.gather(*missing.values()), strict=True))
+        if missing:
+            # Not gather: whoever gives up waiting would cancel the futures, which others wait for too.
+            await asyncio.wait(missing.values())
+        encoded = {key: future.result() for key, future in missing.items()}
         report = EmbedReport(hits=len(cached), misses=len(missing), seconds=time.monotonic() - started)
         return {key: cached.get(key, encoded.get(key)) for key in sequences_by_key}, report  # pyright: ignore[reportReturnType]
 

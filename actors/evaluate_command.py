@@ -38,7 +38,7 @@ async def evaluate_command(arguments: argparse.Namespace) -> int:
             sum(one.processes * one.each.gpus for one in needed),
             arguments.address,
         ) as cluster:
-            with Placement(cluster, config, prepared.model_dir, prepared.encoder) as placement:
+            with Placement(cluster, config, prepared.model_dir, prepared.encoder, progress.say) as placement:
                 embedders = await placement.embedder_pool(clock)
                 pool = await placement.rollout_pool(clock)
                 try:

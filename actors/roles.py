@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,23 @@ class Roles:
 class Placement:
     """Starts the roles of one run on a cluster. A context: the shared memory for weights is given back at its end."""
 
-    def __init__(self, cluster: Cluster, config: Config, model_dir: Path, encoder: EncoderFactory) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: Config,
+        model_dir: Path,
+        encoder: EncoderFactory,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`say` hears of rollout workers that are lost and replaced."""
+        self._say = say
         self._cluster = cluster
         self._config = config
         self._model_dir = str(model_dir)
         self._encoder = encoder
         self._weights_dir = shared_memory_directory()
         self._scorer_numbers = itertools.count()
+        self._worker_numbers = itertools.count()
         self._placed: list[ActorProxy] = []
         """Who must share a host: the learner's first rank and the rollout workers."""
 
@@ -104,7 +115,14 @@ class Placement:
 
     async def rollout_pool(self, clock: WaitClock) -> RolloutPool:
         """Start the rollout workers."""
-        return RolloutPool(await asyncio.gather(*map(self._rollout_worker, range(self._config.rollout.workers))), clock)
+        rollout = self._config.rollout
+        return RolloutPool(
+            await asyncio.gather(*(self._rollout_worker() for _ in range(rollout.workers))),
+            clock,
+            self._replace_rollout_worker,
+            most_replacements=rollout.replacements,
+            say=self._say,
+        )
 
     async def embedder_pool(self, clock: WaitClock) -> EmbedderPool:
         """Start the replicas of the embedding service."""
@@ -140,11 +158,11 @@ class Placement:
         await group.join()
         return group
 
-    async def _rollout_worker(self, number: int) -> Any:
+    async def _rollout_worker(self) -> Any:
         from actors.rollout_worker import RolloutWorker
         from rlsys.models.vllm_plugin.options import EngineOptions
 
-        rollout = self._config.rollout
+        rollout, number = self._config.rollout, next(self._worker_numbers)
         options = EngineOptions(
             model_dir=self._model_dir,
             dtype="bfloat16" if self._config.learner.precision == "bf16" else "float32",
@@ -165,6 +183,15 @@ class Placement:
         )
         self._placed.append(worker)
         await worker.start()
+        return worker
+
+    async def _replace_rollout_worker(self, lost: Any) -> Any:
+        assert isinstance(lost, ActorProxy), "workers are placed on the cluster"
+        if lost in self._placed:  # else its successor could not be started, and this is the next try
+            self._placed.remove(lost)
+            self._cluster.kill(lost)
+        worker = await self._rollout_worker()
+        await self._check_one_host()
         return worker
 
     async def _embedder(self, number: int) -> Any:

@@ -5,7 +5,7 @@ loads weights, writes training completions, or is idle, and then the cause is wh
 held back are told apart from work: a worker that writes nothing but an evaluation while the next weights wait for that
 evaluation is blocked by it, however much it writes.
 
-Invariant: each worker is busy or blocked by exactly one cause, from the beginning on.
+Invariant: each worker is busy or blocked by exactly one cause, from the beginning on; a lost one is neither.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RolloutActivity:
 
     def __init__(self, clock: WaitClock, workers: int) -> None:
         self._clock = clock
-        self._workers = [_Worker() for _ in range(workers)]
+        self._workers = {number: _Worker() for number in range(workers)}
         self._preparing = 0
         self._scoring = 0
         self._is_held = False
@@ -61,7 +61,7 @@ class RolloutActivity:
     @contextmanager
     def writing(self, number: int, *, evaluation: bool) -> Generator[None]:
         """Around the time in which worker `number` writes the completions of one prompt."""
-        worker = self._workers[number]
+        worker = self._workers[number]  # the same at the end, also where another worker has its number then
         worker.evaluation_prompts += evaluation
         worker.training_prompts += not evaluation
         self._note()
@@ -75,12 +75,13 @@ class RolloutActivity:
     @contextmanager
     def loading(self, number: int) -> Generator[None]:
         """Around a weight load of worker `number`."""
-        self._workers[number].is_loading = True
+        worker = self._workers[number]
+        worker.is_loading = True
         self._note()
         try:
             yield
         finally:
-            self._workers[number].is_loading = False
+            worker.is_loading = False
             self._note()
 
     @contextmanager
@@ -93,6 +94,17 @@ class RolloutActivity:
         finally:
             self._is_held = False
             self._note()
+
+    def lose(self, number: int) -> None:
+        """Worker `number` is gone: its time is nobody's from here on."""
+        self._workers.pop(number).interval.close()
+        self._clock.set_members(Role.ROLLOUT_WORKER, len(self._workers))
+
+    def take_back(self, number: int) -> None:
+        """Another worker serves under `number`."""
+        self._workers[number] = _Worker()
+        self._clock.set_members(Role.ROLLOUT_WORKER, len(self._workers))
+        self._note()
 
     def _doing(self, worker: _Worker) -> Cause | str:
         if worker.is_loading:
@@ -109,7 +121,7 @@ class RolloutActivity:
 
     def _note(self) -> None:
         """Tell the clock where a worker's state changed."""
-        for worker in self._workers:
+        for worker in self._workers.values():
             doing = self._doing(worker)
             if doing == worker.doing:
                 continue

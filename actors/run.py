@@ -121,7 +121,7 @@ class Training:
                 f"Ray is up{dashboard}, logs in {cluster.log_directory}\n"
                 "Starting learner, rollout workers, embedding service and reward scorers ..."
             )
-            with Placement(cluster, config, prepared.model_dir, prepared.encoder) as placement:
+            with Placement(cluster, config, prepared.model_dir, prepared.encoder, progress.say) as placement:
                 roles = await placement.all_roles(clock, prepared.pad_token_id)
                 trackers = Trackers(config, directory, cluster)
                 try:

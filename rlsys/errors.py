@@ -27,4 +27,8 @@ class RewardError(RlsysError):
 
 
 class RoleError(RlsysError):
-    """A role (rollout worker, learner, ...) that died or did not answer before its deadline."""
+    """A role (rollout worker, learner, ...) that could not do what it was asked for."""
+
+
+class RoleLostError(RoleError):
+    """A role's process died, or did not answer before its deadline: nothing more is to be had of it."""

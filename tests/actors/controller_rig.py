@@ -11,7 +11,7 @@ from actors.embedder_pool import EmbedderPool
 from actors.episodes import Episodes
 from actors.evaluator import Evaluated, evaluate
 from actors.interleaved import InterleavedEvaluation
-from actors.ports import Sampling
+from actors.ports import RolloutWorker, Sampling
 from actors.roll_out import RollOut
 from actors.rollout_pool import RolloutPool
 from actors.scorer_pool import ScorerPool
@@ -28,6 +28,8 @@ from rlsys.types import Problem, TrajectoryGroup
 from tests.fakes import FakeEmbedder, FakeLearner, FakeRenderer, FakeScorer, FakeWorker, problem
 
 GROUPS_PER_STEP = 3
+START_SECONDS = 5.0
+"""How long a new worker takes to start."""
 HELD_OUT = [problem(number) for number in range(100, 106)]
 
 
@@ -48,6 +50,7 @@ class Rig:
         evaluated: Sequence[int] = (),
         snapshot: tuple[BufferSnapshot, int] | None = None,
         learner_ranks: int = 1,
+        replacements: int = 0,
         **grpo: Any,
     ) -> None:
         """`snapshot` is what a checkpoint kept of a buffer, with the learner's version then."""
@@ -68,7 +71,12 @@ class Rig:
             for worker in self.workers:
                 worker.version = snapshot[1]
         self.clock = WaitClock(clock, dict.fromkeys(Role, 1) | {Role.ROLLOUT_WORKER: workers})
-        self.pool = RolloutPool(self.workers, self.clock)
+        self.said: list[str] = []
+        self.prepare: Callable[[FakeWorker], None] = lambda worker: None
+        """What is done to each worker that takes the place of a lost one."""
+        self.pool = RolloutPool(
+            tuple(self.workers), self.clock, self._replace, most_replacements=replacements, say=self.said.append
+        )
         self.lengths = LengthLog()
         self.source = ProblemCursor([problem(number) for number in range(50)], 0, "grpo")
         embedders = EmbedderPool([self.embedder], self.clock)
@@ -112,6 +120,13 @@ class Rig:
             clock=self.clock,
             learner_ranks=learner_ranks,
         )
+
+    async def _replace(self, lost: RolloutWorker) -> RolloutWorker:
+        await asyncio.sleep(START_SECONDS)
+        worker = FakeWorker()
+        self.prepare(worker)
+        self.workers.append(worker)
+        return worker
 
     async def train(self) -> None:
         """To the last step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -76,3 +77,28 @@ def test_an_error_reaches_who_asked_and_the_service_goes_on() -> None:
         return float(features["good"][0, 0])
 
     assert asyncio.run(ask()) == 4.0
+
+
+def test_a_request_that_is_given_up_takes_nobody_with_it() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(CountingEncoder):
+        def encode(self, sequences: Sequence[str]) -> list[NDArray[np.float32]]:
+            begun.set()
+            assert go_on.wait(5)
+            return super().encode(sequences)
+
+    async def ask() -> list[float]:
+        made = service(Slow())
+        given_up = asyncio.create_task(made.embed({"shared": "ACG"}))
+        sharing = asyncio.create_task(made.embed({"shared": "ACG"}))
+        await asyncio.to_thread(begun.wait, 5)
+        given_up.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        found = [await sharing, await made.embed({"later": "ACGT"})]
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        return [float(next(iter(features.values()))[0, 0]) for features, _ in found]
+
+    assert asyncio.run(asyncio.wait_for(ask(), 10)) == [3, 4]
