@@ -72,6 +72,8 @@ class Rig:
                 worker.version = snapshot[1]
         self.clock = WaitClock(clock, dict.fromkeys(Role, 1) | {Role.ROLLOUT_WORKER: workers})
         self.said: list[str] = []
+        self.ended: list[RolloutWorker] = []
+        """Lost workers, each of which was ended before another was started."""
         self.prepare: Callable[[FakeWorker], None] = lambda worker: None
         """What is done to each worker that takes the place of a lost one."""
         self.pool = RolloutPool(
@@ -122,6 +124,7 @@ class Rig:
         )
 
     async def _replace(self, lost: RolloutWorker) -> RolloutWorker:
+        self.ended.append(lost)
         await asyncio.sleep(START_SECONDS)
         worker = FakeWorker()
         self.prepare(worker)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from actors.controller import StepRecord
+from actors.ports import Sampling
 from rlsys.errors import RewardError
 from rlsys.pipeline.buffer import BufferSnapshot
 from rlsys.pipeline.ledger import DropReason
 from tests.actors.controller_rig import Rig, run_quickly
-from tests.fakes import ticking_clock
+from tests.fakes import FakeRenderer, problem, ticking_clock
 from tests.rlsys.virtual_time import run_virtual, time_of_loop
 
 STEPS = 12
@@ -109,6 +110,22 @@ def test_prompts_go_to_the_worker_that_has_the_fewest() -> None:
     rig = trained(workers=3)
     written = [worker.prompts_written for worker in rig.workers]
     assert min(written) > 0.6 * max(written)
+
+
+def test_a_worker_that_is_slow_is_given_fewer_prompts() -> None:
+    rig = Rig(time_of_loop(), workers=2)
+    rig.workers[0].seconds, rig.workers[1].seconds = 10.0, 1.0
+    prompt = FakeRenderer().render(problem())
+
+    async def ask() -> None:
+        async def later(seconds: float) -> None:
+            await asyncio.sleep(seconds)
+            await rig.pool.generate(prompt, Sampling(1, 1.0, 8), {})
+
+        await asyncio.gather(*(later(2.0 * number) for number in range(5)))
+
+    run_virtual(ask())
+    assert [worker.prompts_written for worker in rig.workers] == [1, 4]
 
 
 def test_results_are_told_to_the_problem_source_and_lengths_to_the_log() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 
 import pytest
 
 from rlsys.errors import RoleLostError
+from rlsys.models.weights import WeightFile
 from rlsys.pipeline.waits import Role
 from tests.actors.controller_rig import START_SECONDS, Rig
 from tests.fakes import FakeWorker
@@ -112,6 +114,22 @@ def test_a_replacement_that_cannot_be_made_leaves_the_others_at_work() -> None:
     assert_whole(rig, 1)
     assert [line for line in rig.said if "could not take its place" in line] == rig.said[1:]
     assert len(rig.said) == 1 + 2
+    assert rig.ended == [rig.workers[0], rig.workers[2]]
+
+
+def test_stopping_does_not_wait_for_a_replacement() -> None:
+    rig = make_rig(workers=2)
+    rig.workers[0].fails = dies("load", 1)
+
+    async def lose_and_stop() -> float:
+        await rig.pool.load(WeightFile("nowhere", 1, "", 0))
+        started = asyncio.get_running_loop().time()
+        await rig.pool.stop()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return asyncio.get_running_loop().time() - started
+
+    assert run_virtual(lose_and_stop()) < START_SECONDS
+    assert rig.workers[1].stopped
 
 
 def test_the_time_of_a_lost_worker_is_nobodys() -> None:
