@@ -51,10 +51,10 @@ class BackgroundRun:
             assert time.monotonic() < deadline, f"no step {step} within {seconds} s:\n{self.log.read_text()}"
             time.sleep(0.2)
 
-    def wait_for_output(self, text: str, seconds: float = 400) -> None:
-        """Wait until the run has printed something."""
+    def wait_for_output(self, text: str, seconds: float = 400, times: int = 1) -> None:
+        """Wait until the run has printed something so many times."""
         deadline = time.monotonic() + seconds
-        while text not in self.log.read_text():
+        while self.log.read_text().count(text) < times:
             assert self.process.poll() is None, f"the run ended early:\n{self.log.read_text()}"
             assert time.monotonic() < deadline, f"no {text!r} within {seconds} s:\n{self.log.read_text()}"
             time.sleep(0.2)

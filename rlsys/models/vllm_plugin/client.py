@@ -36,7 +36,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from rlsys.data.prompts import NUM_MARKERS
-from rlsys.errors import CheckpointError, ConfigError, RoleError
+from rlsys.errors import CheckpointError, ConfigError, RoleError, RoleLostError
 from rlsys.models.vllm_plugin import MODEL_ARCHITECTURE, WEIGHT_TRANSFER_BACKEND, register
 from rlsys.models.vllm_plugin.options import EngineOptions, SamplingOptions
 from rlsys.models.vllm_plugin.processing import MODALITY
@@ -140,7 +140,7 @@ class DnaEngine:
 
         `features` are [S, E] in slot order. They travel to the engine once for each key; later requests name the key,
         and send again when the engine has dropped it. To cancel, cancel the task. Raises RoleError when the engine
-        died, refused the request or was closed.
+        refused the request or was closed, RoleLostError when it died.
         """
         assert len(features) == len(prompt.slots), f"{len(features)} features for {len(prompt.slots)} slots"
         for slot, rows in zip(prompt.slots, features, strict=True):
@@ -158,7 +158,7 @@ class DnaEngine:
         except (VLLMClientError, ValueError) as error:  # too long, too many sequences, a bad temperature
             raise RoleError(f"request {request_id}: the engine refused it ({error})") from error
         except EngineDeadError as error:
-            raise RoleError(f"request {request_id}: the engine died; its log says why") from error
+            raise RoleLostError(f"request {request_id}: the engine died; its log says why") from error
         return _to_sampled(request_id, output)
 
     async def _run(
@@ -188,7 +188,7 @@ class DnaEngine:
         """Make a policy version live, in requests under way too: the tokens that they wrote stay, with their version.
 
         On any refusal (CheckpointError: damaged file, or another policy's) the old weights go on serving, under their
-        old version. Raises RoleError when the engine died.
+        old version. Raises RoleLostError when the engine died.
         """
         async with self._load_lock:
             try:
@@ -198,7 +198,7 @@ class DnaEngine:
                 finally:
                     await self.engine.resume_generation()
             except EngineDeadError as error:
-                raise RoleError(f"the engine died while loading policy version {weight_file.version}") from error
+                raise RoleLostError(f"the engine died while loading policy version {weight_file.version}") from error
 
     async def _update(self, weight_file: WeightFile) -> None:
         await self.engine.start_weight_update()
@@ -211,7 +211,7 @@ class DnaEngine:
             raise CheckpointError(f"the engine refused policy version {weight_file.version}: {reason}") from error
         await self.engine.finish_weight_update(str(weight_file.version))
         if not await self.engine.reset_prefix_cache(reset_running_requests=True):
-            raise RoleError(f"policy version {weight_file.version}: the engine kept stale keys and values; restart it")
+            raise RoleLostError(f"policy version {weight_file.version}: the engine kept stale keys and values")
         await self.engine.reset_encoder_cache()
 
     def close(self) -> None:
