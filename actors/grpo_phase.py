@@ -83,8 +83,8 @@ def problem_source(config: Config, problems: Sequence[Problem]) -> ProblemSource
 
 def _controller(session: Session, phase: _Phase) -> Controller:
     config, roles = session.config.grpo, session.roles
-    metrics = StepMetrics(phase.buffer, session.clock, phase.lengths)
     batches = BatchMaker(config, session.config.rollout.max_new_tokens)
+    metrics = StepMetrics(phase.buffer, session.clock, phase.lengths, batches)
     guard = FailureGuard(session.config.scoring.max_failed_fraction)
 
     def report(version: int, result: EvaluationResult) -> None:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from actors.ports import FeaturesRef, Objective, StepReport
-from rlsys.algorithms.ratios import ratio_metrics
+from rlsys.algorithms.ratios import RatioSums, ratio_metrics
 from rlsys.config import LearnerConfig
 from rlsys.data.packing import MicroBatch, pack, separate_tokens
 from rlsys.errors import RlsysError, RoleError
@@ -37,6 +37,7 @@ class Rank(Protocol):
     async def step_log_ratios(
         self, micro_batches: Sequence[MicroBatch], *features: FeaturesRef
     ) -> NDArray[np.float64]: ...
+    async def probe(self, micro_batches: Sequence[MicroBatch], *features: FeaturesRef) -> RatioSums: ...
     async def accumulate(
         self, micro_batches: Sequence[MicroBatch], threshold: float | None, *features: FeaturesRef
     ) -> PartSums: ...
@@ -76,19 +77,34 @@ class LearnerGroup:
         self._objective = objective
         self._version = version
         self._parts: list[_Part] = []
+        self._probed = RatioSums.zero()
 
     async def accumulate(self, samples: Sequence[TrainSample], features: Sequence[FeaturesRef]) -> None:
         """Add the gradients of samples, on all ranks, to the next step's."""
+        plan = self._plan(samples)
+        threshold = await self._threshold(plan, features)
+        sums = await self._on_all(lambda rank: rank.accumulate(plan[id(rank)], threshold, *features))
+        run_tokens = sum(one.num_tokens for line in plan.values() for one in line)
+        self._parts.append(_Part(sums, separate_tokens(samples), run_tokens))
+
+    async def probe(self, samples: Sequence[TrainSample], features: Sequence[FeaturesRef]) -> None:
+        """Measure the mismatch of engine and learner on `samples`, for the metrics of the next step; trains nothing.
+
+        Only their tokens of the learner's version tell of it; others are left out.
+        """
+        plan = self._plan(samples)
+        sums = await self._on_all(lambda rank: rank.probe(plan[id(rank)], *features))
+        self._probed = sum(sums, self._probed)
+
+    def _plan(self, samples: Sequence[TrainSample]) -> Mapping[int, Sequence[MicroBatch]]:
+        """The micro-batches of each rank, by its identity."""
         plan = pack(
             samples,
             micro_batch_tokens=self._config.micro_batch_tokens,
             num_ranks=self._config.ranks,
             pad_token_id=self._pad_token_id,
         )
-        mine = dict(zip(map(id, self._ranks), plan, strict=True))
-        threshold = await self._threshold(mine, features)
-        sums = await self._on_all(lambda rank: rank.accumulate(mine[id(rank)], threshold, *features))
-        self._parts.append(_Part(sums, separate_tokens(samples), sum(one.num_tokens for line in plan for one in line)))
+        return dict(zip(map(id, self._ranks), plan, strict=True))
 
     async def _threshold(
         self, plan: Mapping[int, Sequence[MicroBatch]], features: Sequence[FeaturesRef]
@@ -104,12 +120,13 @@ class LearnerGroup:
         """One optimizer step with the gradients that were accumulated."""
         ends = await self._on_all(lambda rank: rank.step())
         parts, self._parts = self._parts, []
+        probed, self._probed = self._probed, RatioSums.zero()
         self._version += 1
         return StepReport(
             version=self._version,
             tokens=sum(one.tokens for part in parts for one in part.sums),
             seconds=sum(max(one.seconds for one in part.sums) for part in parts) + max(end.seconds for end in ends),
-            metrics=_metrics(parts, ends[0]),
+            metrics=_metrics(parts, probed, ends[0]),
         )
 
     async def publish(self) -> WeightFile:
@@ -153,7 +170,7 @@ class _Part:
     """Tokens that the model ran: the prompt of a group once."""
 
 
-def _metrics(parts: Sequence[_Part], end: StepEnd) -> Mapping[str, float]:
+def _metrics(parts: Sequence[_Part], probed: RatioSums, end: StepEnd) -> Mapping[str, float]:
     from actors.learner_rank import add_parts  # torch, which the driver loads only where there is a learner
 
     sums = add_parts([one for part in parts for one in part.sums], seconds=0.0)
@@ -162,8 +179,9 @@ def _metrics(parts: Sequence[_Part], end: StepEnd) -> Mapping[str, float]:
         "train/loss": sums.loss,
         "train/entropy": sums.entropy / tokens,
         "train/gradient_norm": end.gradient_norm,
+        "train/step_skipped": float(not end.was_applied),
         "train/learning_rate": end.learning_rate,
         "train/prompt_sharing": sum(part.separate_tokens for part in parts) / sum(part.run_tokens for part in parts),
         **({"train/reference_kl": sums.kl / tokens} if sums.kl is not None else {}),
-        **ratio_metrics(sums.ratios),
+        **ratio_metrics(sums.ratios, probed),
     }

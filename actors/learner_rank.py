@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.ports import Features, Objective
-from rlsys.algorithms.ratios import SumsByStaleness, add_sums, ratio_sums
+from rlsys.algorithms.ratios import RatioSums, SumsByStaleness, add_sums, ratio_sums
 from rlsys.algorithms.sft import nll
 from rlsys.algorithms.tokens import PolicyTokens
 from rlsys.config import LearnerConfig, LoraConfig
@@ -75,6 +75,8 @@ class StepEnd:
     """What the optimizer did."""
 
     gradient_norm: float
+    was_applied: bool
+    """False where DeepSpeed left the weights as they were, because the gradient was not finite."""
     learning_rate: float
     seconds: float
 
@@ -166,6 +168,14 @@ class LearnerRank:
         ratios = [policy.step_log_ratios(self._tokens(batch, self._forward(batch, by_key))) for batch in micro_batches]
         return torch.cat(ratios).cpu().numpy()
 
+    @torch.no_grad()
+    def probe(self, micro_batches: Sequence[MicroBatch], *features: Features) -> RatioSums:
+        """The sums over the tokens of these micro-batches that the version held here sampled; nothing is trained."""
+        by_key = _merge(features)
+        self._engine.eval()
+        sums = [self._ratio_sums(batch, self._tokens(batch, self._forward(batch, by_key))) for batch in micro_batches]
+        return add_sums(sums).get(0, RatioSums.zero())
+
     def accumulate(self, micro_batches: Sequence[MicroBatch], threshold: float | None, *features: Features) -> PartSums:
         """Add the gradients of micro-batches to the next step's; `threshold` is for a loss that asked for one."""
         started = time.monotonic()
@@ -204,17 +214,18 @@ class LearnerRank:
             entropy=float(output.entropies.detach().sum()),
             kl=float(diagnostics["kl"].sum()) if "kl" in diagnostics else None,
             tokens=len(batch.loss_tokens_N),
-            ratios=ratio_sums(
-                tokens.logprobs,
-                tokens.behavior_logprobs,
-                tokens.mask,
-                self._version - self._tensor(batch.versions_N),
-                clipped=diagnostics["clipped"],
-                masked=diagnostics.get("masked"),
-            )
+            ratios=self._ratio_sums(batch, tokens, clipped=diagnostics["clipped"], masked=diagnostics.get("masked"))
             if policy is not None
             else {},
             seconds=0.0,
+        )
+
+    def _ratio_sums(
+        self, batch: MicroBatch, tokens: PolicyTokens, *, clipped: Tensor | None = None, masked: Tensor | None = None
+    ) -> SumsByStaleness:
+        staleness = self._version - self._tensor(batch.versions_N)
+        return ratio_sums(
+            tokens.logprobs, tokens.behavior_logprobs, tokens.mask, staleness, clipped=clipped, masked=masked
         )
 
     def _tokens(self, batch: MicroBatch, output: Any) -> PolicyTokens:
@@ -227,7 +238,7 @@ class LearnerRank:
         )
 
     def step(self) -> StepEnd:
-        """One optimizer step with the gradients that were accumulated."""
+        """One optimizer step with the gradients that were accumulated; the version goes on in any case."""
         started = time.monotonic()
         objective = self._current_objective
         rate = objective.learning_rate * min(1.0, (self._version + 1) / max(1, objective.warmup_steps))
@@ -236,7 +247,12 @@ class LearnerRank:
         self._engine.step()
         self._version += 1
         norm = self._engine.get_global_grad_norm()
-        return StepEnd(float(norm) if norm is not None else 0.0, rate, time.monotonic() - started)
+        return StepEnd(
+            gradient_norm=float(norm) if norm is not None else 0.0,
+            was_applied=self._engine.was_step_applied(),
+            learning_rate=rate,
+            seconds=time.monotonic() - started,
+        )
 
     @property
     def _current_objective(self) -> Objective:

@@ -111,8 +111,9 @@ class RollOut:
         if self._dropped_in_a_row >= self._fruitless_groups:
             raise RewardError(
                 f"none of the last {self._fruitless_groups} groups could be trained on: in each, all "
-                f"{self._sampling.completions} rewards were equal, or could not be computed. The policy never "
-                "succeeds, or always does.\n"
+                f"{self._sampling.completions} rewards were equal (the policy never succeeds, or always does), or all "
+                "completions were left out (not scored, cut at the limit, or with log-probabilities that are not "
+                "finite).\n"
                 "Train the warm start longer, reward steps on the way, raise grpo.group_size, or set "
                 "grpo.filter_zero_variance=false"
             )

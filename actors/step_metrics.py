@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
-
 from actors.episodes import Generated
 from actors.ports import StepReport
-from rlsys.algorithms.advantages import is_constant
+from rlsys.data.batches import BatchMaker
+from rlsys.data.samples import has_finite_logprobs
 from rlsys.metrics import Metrics
 from rlsys.models.vllm_plugin.options import EngineStats
 from rlsys.pipeline.buffer import TrajectoryBuffer
@@ -22,19 +21,19 @@ from rlsys.types import FinishReason, TrainSample, Trajectory, TrajectoryGroup
 class StepMetrics(Metrics):
     """Collects from one flush to the next."""
 
-    def __init__(self, buffer: TrajectoryBuffer, clock: WaitClock, lengths: LengthLog) -> None:
+    def __init__(self, buffer: TrajectoryBuffer, clock: WaitClock, lengths: LengthLog, batches: BatchMaker) -> None:
         super().__init__()
         self._buffer = buffer
         self._clock = clock
         self._lengths = lengths
+        self._batches = batches
 
     def note_group(self, generated: Generated, group: TrajectoryGroup) -> None:
         """A group was finished, whatever becomes of it."""
         embedded = generated.embedded
         self.record("embed/hit_fraction", embedded.hits / max(1, embedded.hits + embedded.misses))
         self.record("embed/latency_seconds", embedded.seconds)
-        rewards_G = np.array([trajectory.score.reward for trajectory in group.trajectories])
-        self.record("group/constant_reward_fraction", float(is_constant(rewards_G)))
+        self.record("group/constant_reward_fraction", float(self._batches.teaches_nothing(group)))
         self._lengths.generated([len(trajectory.completion.token_ids_T) for trajectory in group.trajectories])
         for trajectory in group.trajectories:
             self._note_trajectory(trajectory)
@@ -44,6 +43,7 @@ class StepMetrics(Metrics):
         self.record("rollout/completion_tokens", len(completion.token_ids_T))
         self.record("rollout/completion_tokens_max", len(completion.token_ids_T))
         self.record("rollout/truncated_fraction", float(completion.finish_reason is FinishReason.LENGTH))
+        self.record("rollout/non_finite_fraction", float(not has_finite_logprobs(completion)))
         self.record("rollout/spanning_fraction", float(len(completion.version_spans) > 1))
         self.record("reward/failed_fraction", float(not score.is_valid))
         if score.is_valid:

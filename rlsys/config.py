@@ -203,6 +203,9 @@ class RolloutConfig(Section):
     """Longest prompt and completion together (vLLM's max_model_len)."""
     kv_cache_gb: PositiveFloat | None = 0.25
     """Memory of the KV cache; null lets vLLM take the GPU's free memory."""
+    replacements: NonNegative = 3
+    """Workers that may be lost and replaced before the run goes on with fewer. One is lost when its process dies, or
+    does not answer within cluster.call_timeout_seconds; what it was writing is written anew by others."""
 
 
 class EmbeddingConfig(Section):

@@ -217,19 +217,21 @@ class KeepOverLong(Section):
 
 
 class MaskOverLong(Section):
-    """Completions that hit the token limit are left out of the loss (they still count in their group's mean)."""
+    """Completions that hit the token limit are left out of the loss (they still count in their group's mean); a group
+    of nothing else is replaced by another.
+    """
 
     kind: Literal["mask"]
 
 
 class PenaliseOverLong(Section):
-    """The reward falls linearly to -1 over the last tokens before the limit (DAPO's soft over-long punishment)."""
+    """The reward falls linearly by up to `weight` over the last tokens before the limit (DAPO's over-long penalty)."""
 
     kind: Literal["penalise"]
     buffer_tokens: Positive
     """Over how many tokens before rollout.max_new_tokens the penalty rises to its full size."""
     weight: PositiveFloat = 1.0
-    """Size of the full penalty."""
+    """How much less reward a completion at the limit gets."""
 
 
 OverLong = Annotated[KeepOverLong | MaskOverLong | PenaliseOverLong, Field(discriminator="kind")]

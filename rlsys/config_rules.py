@@ -67,24 +67,6 @@ def a_completion_fits_into_a_micro_batch(config: Config) -> str | None:
     )
 
 
-def the_batch_divides_over_the_ranks(config: Config) -> str | None:
-    """Every rank has the same share of a GRPO step."""
-    groups, ranks = config.grpo.groups_per_step, config.learner.ranks
-    if groups % ranks == 0:
-        return None
-    return f"grpo.groups_per_step={groups} does not divide over learner.ranks={ranks}; use a multiple of {ranks}"
-
-
-def the_warm_start_divides_over_the_ranks(config: Config) -> str | None:
-    """Every rank has the same share of an SFT step."""
-    ranks = config.learner.ranks
-    if config.sft is None or config.sft.batch_size % ranks == 0:
-        return None
-    return (
-        f"sft.batch_size={config.sft.batch_size} does not divide over learner.ranks={ranks}; use a multiple of {ranks}"
-    )
-
-
 def heads_suit_the_engine(config: Config) -> str | None:
     """The engine's CPU kernels take heads of 32, 64, 96, ... only."""
     policy = config.policy
@@ -142,8 +124,6 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     reward_parts_find_their_facts,
     a_completion_fits_into_the_engine,
     a_completion_fits_into_a_micro_batch,
-    the_batch_divides_over_the_ranks,
-    the_warm_start_divides_over_the_ranks,
     heads_suit_the_engine,
     the_tokenizer_knows_the_task,
     a_learner_rank_drives_one_gpu_or_none,
@@ -169,6 +149,8 @@ def refuse_changes(old: Config, new: Config) -> None:
         for path in before
         if path in after and before[path] != after[path]
     ]
+    if old.grpo.kl is None and new.grpo.kl is not None:
+        changed.append("  grpo.kl=given: the run was begun with grpo.kl=null, and kept no copy of its warm start")
     if changed:
         why = "a resumed run cannot change these; begin a new run for them (name=...):"
         raise ConfigError("\n".join([why, *changed]))

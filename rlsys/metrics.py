@@ -68,9 +68,16 @@ def _off_policy() -> dict[str, MetricSpec]:
     for staleness in range(MAX_STALENESS + 1):
         tokens = f"tokens of staleness {staleness}{' or more' if staleness == MAX_STALENESS else ''}"
         specs |= {
-            f"off_policy/logprob_abs_mean_staleness_{staleness}": _last(f"mean |log-probability difference|, {tokens}"),
-            f"off_policy/kl_staleness_{staleness}": _last(f"KL(sampling policy || current policy), k3, {tokens}"),
-            f"off_policy/ess_staleness_{staleness}": _last(f"effective sample size of the ratios / tokens, {tokens}"),
+            f"off_policy/{quantity}_staleness_{staleness}": _last(f"{description}, {tokens}")
+            for quantity, description in {
+                "logprob_abs_mean": "mean |log-probability difference|",
+                "logprob_abs_max": "greatest |log-probability difference|",
+                "kl": "KL(sampling policy || current policy), k3",
+                "ratio_mean": "mean ratio of current to sampling probability",
+                "ess": "effective sample size of the ratios / tokens",
+                "clipped_fraction": "part at which the loss's bound acts",
+                "masked_fraction": "part that the correction leaves out",
+            }.items()
         }
     return specs
 
@@ -80,26 +87,31 @@ OPEN_PREFIX = "reward/"
 
 METRICS: Mapping[str, MetricSpec] = MappingProxyType(
     {
-        "train/loss": _last("loss of the step: sum over its tokens / their number"),
+        "train/loss": _last("loss of the step: sum over its tokens of loss x weight (grpo.aggregation)"),
         "train/entropy": _last("mean entropy of the policy at the loss tokens, nats"),
         "train/reference_kl": _last("KL of the current to the reference policy (the warm start), loss tokens"),
         "train/gradient_norm": _last("norm of the gradient before clipping"),
+        "train/step_skipped": _last("1 where DeepSpeed left out the step because its gradient was not finite, else 0"),
         "train/learning_rate": _last("learning rate of the step"),
         "train/prompt_sharing": _last("tokens of samples with a prompt each / tokens that the learner ran"),
         "train/ratio_mean": _last("mean ratio of current to sampling probability, all loss tokens"),
         "train/ratio_masked_fraction": _last("part of the loss tokens that the correction leaves out"),
-        "train/ratio_clipped_fraction": _last("part of the loss tokens that the trust region stops"),
+        "train/ratio_clipped_fraction": _last(
+            "part of the loss tokens at which the loss's bound acts: no policy gradient, or a clipped weight (cispo)"
+        ),
         "train/ess_fraction": _last("effective sample size of the ratios / loss tokens"),
         "train/behavior_kl": _last("KL(sampling policy || current policy), k3, all loss tokens"),
         "train/logprob_abs_mean": _last("mean |log-probability difference|, all loss tokens"),
         "train/logprob_abs_max": _last("greatest |log-probability difference|, all loss tokens"),
-        "train/mismatch_tokens": _last("loss tokens that the learner's own version sampled"),
+        "train/mismatch_tokens": _last("tokens that the learner's own version sampled, in the loss or only probed"),
         "train/mismatch_kl": _last("KL(engine || learner) at equal version, k3"),
         "train/mismatch_abs_mean": _last("mean |log-probability difference| at equal version"),
         "train/mismatch_abs_max": _last("greatest |log-probability difference| at equal version"),
         "reward/total": _mean("combined reward of valid trajectories"),
         "reward/failed_fraction": _mean("part of the trajectories with a reward part that failed or timed out"),
-        "group/constant_reward_fraction": _mean("part of the finished groups with equal rewards: nothing to learn"),
+        "group/constant_reward_fraction": _mean(
+            "part of the finished groups that teach nothing: rewards equal as training sees them, or all masked"
+        ),
         "group/admitted": _last("groups admitted since the run began"),
         "group/in_flight": _last("groups admitted and not ended"),
         "group/trained": _last("groups trained since the run began"),
@@ -115,6 +127,9 @@ METRICS: Mapping[str, MetricSpec] = MappingProxyType(
         "rollout/completion_tokens": _mean("tokens of a completion"),
         "rollout/completion_tokens_max": _max("tokens of the longest completion"),
         "rollout/truncated_fraction": _mean("part of the completions cut at the token limit"),
+        "rollout/non_finite_fraction": _mean(
+            "part of the completions with a log-probability that is not finite: left out of training"
+        ),
         "rollout/spanning_fraction": _mean("part of the completions that more than one version wrote"),
         "rollout/prefix_cache_hit_fraction": _last(
             "prompt tokens found in the engines' prefix caches, since they started"
@@ -130,7 +145,7 @@ METRICS: Mapping[str, MetricSpec] = MappingProxyType(
         "length/trained_mean": _last("mean tokens of the completions trained lately"),
         "length/trained_p95": _last("95th percentile of their tokens"),
         "length/bias": _last("trained mean / generated mean - 1: what filters and staleness do to lengths"),
-        "evaluation/version": _last("policy version of the evaluation that ended in this step"),
+        "evaluation/version": _last("policy version of the newest evaluation"),
         "evaluation/accuracy": _last("its exact-answer accuracy at the training temperature, validation problems"),
         "evaluation/greedy_accuracy": _last("its greedy accuracy"),
         "embed/hit_fraction": _mean("part of the sequences found in the feature cache"),

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.tokens import MAX_LOG_RATIO, keep
-
-MAX_STALENESS = 8
-"""Tokens of this staleness or more are counted together."""
+from rlsys.metrics import MAX_STALENESS
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class RatioSums:
 
     @property
     def clipped_fraction(self) -> float:
-        """Part of the tokens whose policy gradient the trust region holds back."""
+        """Part of the tokens at which the loss's bound acts: it stops their policy gradient, or clips their weight."""
         return self._mean(self.clipped_sum)
 
     @property
@@ -150,10 +148,13 @@ def add_sums(parts: Iterable[SumsByStaleness]) -> SumsByStaleness:
     return dict(sorted(total.items()))
 
 
-def ratio_metrics(by_staleness: SumsByStaleness) -> dict[str, float]:
-    """Return the values under their names in `rlsys.metrics`; what has no tokens to be measured on is left out."""
+def ratio_metrics(by_staleness: SumsByStaleness, probed: RatioSums | None = None) -> dict[str, float]:
+    """Return the values under their names in `rlsys.metrics`; what has no tokens to be measured on is left out.
+
+    `probed` are sums over tokens of staleness 0 that are not in the loss: the mismatch counts them, nothing else does.
+    """
     all_tokens = sum(by_staleness.values(), RatioSums.zero())
-    same_version = by_staleness.get(0, RatioSums.zero())
+    same_version = by_staleness.get(0, RatioSums.zero()) + (probed or RatioSums.zero())
     values: dict[str, float] = {}
     if all_tokens.tokens:
         values |= {
@@ -175,7 +176,11 @@ def ratio_metrics(by_staleness: SumsByStaleness) -> dict[str, float]:
     for stale, sums in by_staleness.items():
         values |= {
             f"off_policy/logprob_abs_mean_staleness_{stale}": sums.abs_diff_mean,
+            f"off_policy/logprob_abs_max_staleness_{stale}": sums.abs_diff_max,
             f"off_policy/kl_staleness_{stale}": sums.kl_k3,
+            f"off_policy/ratio_mean_staleness_{stale}": sums.ratio_mean,
             f"off_policy/ess_staleness_{stale}": sums.ess,
+            f"off_policy/clipped_fraction_staleness_{stale}": sums.clipped_fraction,
+            f"off_policy/masked_fraction_staleness_{stale}": sums.masked_fraction,
         }
     return values

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.config_grpo import CurriculumConfig
-from rlsys.data.cursor import check_same_source
+from rlsys.data.cursor import check_same_source, identity_of
 from rlsys.types import Problem
 
 EXPLORATION = 256
@@ -133,7 +133,7 @@ class Curriculum:
                 self._weights.set(index, self._weight(index))
 
     def _identity(self) -> dict[str, Any]:
-        return {"source": "curriculum", "problems": len(self._problems), "seed": self._seed}
+        return {"source": "curriculum", **identity_of(self._problems), "seed": self._seed}
 
     def _exploration_weight(self) -> int:
         """E, in units."""

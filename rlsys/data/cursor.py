@@ -82,7 +82,13 @@ class ProblemCursor:
         self.position = state["position"]
 
     def _identity(self) -> dict[str, Any]:
-        return {"source": f"{self._stream} walk", "problems": len(self._problems), "seed": self._seed}
+        return {"source": f"{self._stream} walk", **identity_of(self._problems), "seed": self._seed}
+
+
+def identity_of(problems: Sequence[Problem]) -> dict[str, Any]:
+    """What tells the problems of a run from others: how many they are, and a checksum over their ids in order."""
+    ids = "\n".join(problem.problem_id for problem in problems)
+    return {"problems": len(problems), "ids": f"{zlib.crc32(ids.encode()):08x}"}
 
 
 def check_same_source(identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -29,9 +29,8 @@ def batch_samples(
 ) -> list[TrainSample]:
     """Return a sample for each trajectory of `groups` that counts, in their order, with its group's `advantages`.
 
-    Trajectories without a valid score do not count; with `mask_truncated`, neither do completions that were cut at the
-    token limit. They are left out whole: a sample of masked tokens would cost a forward pass and change nothing.
-    `num_trajectories` is that of the whole step, also where `groups` are only a part of it (streaming).
+    What does not count (`is_trained`) is left out whole: a sample of masked tokens would cost a forward pass and change
+    nothing. `num_trajectories` is that of the whole step, also where `groups` are only a part of it (streaming).
     """
     counting: list[tuple[TrajectoryGroup, Trajectory, float]] = []
     for group, advantages_G in zip(groups, advantages, strict=True):
@@ -39,8 +38,7 @@ def batch_samples(
             f"group {group.ticket}: {len(advantages_G)} advantages for {len(group.trajectories)} trajectories"
         )
         for trajectory, advantage in zip(group.trajectories, advantages_G, strict=True):
-            is_truncated = trajectory.completion.finish_reason is FinishReason.LENGTH
-            if not trajectory.score.is_valid or (mask_truncated and is_truncated):
+            if not is_trained(trajectory, mask_truncated=mask_truncated):
                 continue
             assert np.isfinite(advantage), f"group {group.ticket}: a valid trajectory has the advantage {advantage}"
             counting.append((group, trajectory, float(advantage)))
@@ -56,6 +54,22 @@ def batch_samples(
         _sample(group, trajectory.completion, advantage, weight)
         for (group, trajectory, advantage), weight in zip(counting, weights, strict=True)
     ]
+
+
+def is_trained(trajectory: Trajectory, *, mask_truncated: bool) -> bool:
+    """Whether a trajectory becomes a sample: it can be used, and `mask_truncated` does not leave it out."""
+    is_truncated = trajectory.completion.finish_reason is FinishReason.LENGTH
+    return is_usable(trajectory) and not (mask_truncated and is_truncated)
+
+
+def is_usable(trajectory: Trajectory) -> bool:
+    """Whether anything can be learned from a trajectory: its score is valid, its log-probabilities are finite."""
+    return trajectory.score.is_valid and has_finite_logprobs(trajectory.completion)
+
+
+def has_finite_logprobs(completion: Completion) -> bool:
+    """Whether the engine knew the probability of each token; one that it did not makes the whole gradient NaN."""
+    return bool(np.isfinite(completion.behavior_logprobs_T).all())
 
 
 def _sample(group: TrajectoryGroup, completion: Completion, advantage: float, weight: float) -> TrainSample:

@@ -123,7 +123,8 @@ class Alarms:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
         self.rung = {name: list(steps) for name, steps in state["rung"].items()}
-        self._watches = {name: _Watch(**watch) for name, watch in state["watches"].items()}
+        # A state of an older rlsys knows fewer rules.
+        self._watches |= {name: _Watch(**watch) for name, watch in state["watches"].items()}
         self._first_entropies = list(state["first_entropies"])
 
     def _watched_values(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -169,17 +170,24 @@ def _learning_rules(config: Config) -> tuple[Rule, ...]:
             Direction.ABOVE,
             0.5,
             3,
-            "The trust region stops most tokens, so most of what is generated teaches nothing. "
+            "The loss's bounds act on most tokens, so most of what is generated teaches little or nothing. "
             "Lower grpo.max_staleness or grpo.learning_rate, or widen the bounds in grpo.loss.",
         ),
         Rule(
-            "train/gradient_norm",
+            "train/ratio_masked_fraction",
             Direction.ABOVE,
-            sys.float_info.max,
+            0.5,
+            3,
+            "The correction leaves most tokens out, so most of what is generated teaches nothing. "
+            "Lower grpo.max_staleness or grpo.learning_rate, or widen the interval in grpo.correction.",
+        ),
+        Rule(
+            "train/step_skipped",
+            Direction.ABOVE,
+            0.0,
             1,
-            "The weights are spoilt if this step was applied. Go back to a checkpoint from before it, and lower "
-            "grpo.learning_rate.",
-            condition="not finite",
+            "DeepSpeed skipped the step because its gradient was not finite: the weights did not change, though the "
+            "version went on. If it happens again, lower grpo.learning_rate, and see rollout/non_finite_fraction.",
         ),
         Rule(
             "train/entropy",
@@ -214,6 +222,14 @@ def _data_rules(config: Config) -> tuple[Rule, ...]:
             "Rewards fail or time out, and their completions teach nothing; "
             f"the run stops at {config.scoring.max_failed_fraction:g}. "
             "Raise timeout_seconds of the slow reward or scoring.scorers, or mend the reward that fails.",
+        ),
+        Rule(
+            "rollout/non_finite_fraction",
+            Direction.ABOVE,
+            0.0,
+            1,
+            "The engine gave completions log-probabilities that are not finite (nan, inf); they are left out of "
+            "training. Look at the weights that it holds, its precision, and rollout.temperature.",
         ),
         Rule(
             "rollout/truncated_fraction",

@@ -71,8 +71,8 @@ def fit_task(data: TaskData, renderer: PromptRenderer, room: LearnerRoom | None 
     splits: dict[str, tuple[Problem, ...]] = {}
     counts = dict(data.counts)
     for split, problems in data.splits.items():
-        room = room if split == "train" else None
-        kept = [problem for problem in problems if _fits(problem, renderer, room, data.over_long)]
+        needed = room if split == "train" else None
+        kept = [problem for problem in problems if _fits(problem, renderer, needed, data.over_long)]
         if not kept:
             raise DataError(
                 f"task.over_long=drop leaves none of the {len(problems)} {split} problems: every prompt is too long; "

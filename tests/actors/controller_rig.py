@@ -83,8 +83,8 @@ class Rig:
         self.source = ProblemCursor([problem(number) for number in range(50)], 0, "grpo")
         embedders = EmbedderPool([self.embedder], self.clock)
         episodes = Episodes(FakeRenderer(), embedders, self.pool)  # pyright: ignore[reportArgumentType]
-        metrics = StepMetrics(self.buffer, self.clock, self.lengths)
         batches = BatchMaker(config, max_new_tokens=8)
+        metrics = StepMetrics(self.buffer, self.clock, self.lengths, batches)
         guard = FailureGuard(max_failed)
 
         async def evaluate_now() -> Evaluated:

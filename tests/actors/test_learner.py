@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from actors.ports import Features, Objective
 from rlsys.algorithms.objective import PolicyObjective
 from rlsys.config import ClusterConfig, LearnerConfig, LoraConfig, TinyPolicy
 from rlsys.config_grpo import DppoLoss, KlConfig, M2poLoss, PpoClipLoss
+from rlsys.models.dna_llm import sequence_inputs
 from rlsys.models.policy import load_policy, new_policy, save_policy
 from rlsys.models.tiny import make_tiny_policy
 from rlsys.models.weights import read_weights
@@ -78,7 +80,7 @@ class Bench:
         folder: Path,
         script: Callable[[LearnerGroup], Awaitable[Result]],
         lora: LoraConfig | None = None,
-        **config: int,
+        **config: Any,
     ) -> Result:
         """Start a learner and run `script` on it."""
         settings = LearnerConfig.model_validate({"cpus": 0.5, **config})
@@ -176,6 +178,138 @@ def test_a_restored_learner_goes_on_bit_for_bit(bench: Bench, one_rank: tuple[Re
     found = bench.drive(tmp_path, script, micro_batch_tokens=64)
     assert found.losses == one_rank[0].losses[3:]
     assert _largest_difference(found.weights, one_rank[0].weights) == 0.0
+
+
+def engine_logprobs(
+    policy: Path, weights: dict[str, torch.Tensor], samples: Sequence[TrainSample], features: Features
+) -> list[np.ndarray]:
+    """What an engine that loaded published weights gives the tokens of each sample: in their precision, one by one."""
+    model = load_policy(policy, dtype=next(iter(weights.values())).dtype)
+    found = model.load_state_dict(weights, strict=False)
+    assert (found.unexpected_keys, found.missing_keys) == ([], ["language_model.lm_head.weight"])  # tied
+    logprobs: list[np.ndarray] = []
+    for sample in samples:
+        prompt = sample.prompt
+        tensors = [torch.from_numpy(features[slot.key]) for slot in prompt.slots]
+        inputs = sequence_inputs(prompt.token_ids, prompt.slots, tensors, sample.continuation_ids_T.tolist())
+        with torch.no_grad():
+            logprobs.append(model(**inputs).logprobs.numpy())
+    return logprobs
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_a_probe_measures_its_samples_and_changes_nothing_in_the_step(
+    bench: Bench, policy: Path, tmp_path: Path, ranks: int, zero_stage: int
+) -> None:
+    samples, features = batch()
+    # Only the tokens from the second on are of the version that the learner holds: 2, after two steps.
+    probed = [replace(sample, versions_T=np.array([1] + [2] * (len(sample.versions_T) - 1))) for sample in samples[:4]]
+
+    async def script(learner: LearnerGroup) -> Result:
+        await learner.enter(GRPO)
+        losses = await step(learner, 2)
+        version_2 = read_weights(await learner.publish())
+        await learner.probe(probed[:1], [features])
+        await learner.accumulate(samples[:5], [features])
+        await learner.probe(probed[1:], [features])
+        await learner.accumulate(samples[5:], [features])
+        report = await learner.step()
+        assert report.tokens == sum(len(sample.continuation_ids_T) for sample in samples)
+        assert not [name for name in report.metrics if name.endswith("staleness_0")]
+        expected = np.concatenate([
+            np.abs(logprobs_T - sample.behavior_logprobs_T)[1:]
+            for logprobs_T, sample in zip(engine_logprobs(policy, version_2, probed, features), probed, strict=True)
+        ])  # fmt: skip
+        assert report.metrics["train/mismatch_tokens"] == len(expected)
+        assert report.metrics["train/mismatch_abs_mean"] == pytest.approx(expected.mean(), rel=1e-4)
+        assert report.metrics["train/mismatch_abs_max"] == pytest.approx(expected.max(), rel=1e-4)
+        await learner.accumulate(samples, [features])
+        after = await learner.step()
+        assert after.metrics["train/mismatch_tokens"] == 0
+        losses += [report.metrics["train/loss"], after.metrics["train/loss"]]
+        return Result(losses + await step(learner, 1), read_weights(await learner.publish()))
+
+    async def without(learner: LearnerGroup) -> Result:
+        await learner.enter(GRPO)
+        losses = await step(learner, 2)
+        losses += await step(learner, 1, [slice(0, 5), slice(5, None)])
+        return Result(losses + await step(learner, 2), read_weights(await learner.publish()))
+
+    settings: dict[str, Any] = {"micro_batch_tokens": 64, "ranks": ranks, "zero_stage": zero_stage}
+    found, undisturbed = (bench.drive(tmp_path, one, **settings) for one in (script, without))
+    assert found.losses == undisturbed.losses
+    assert _largest_difference(found.weights, undisturbed.weights) == 0.0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_said_to_be(
+    bench: Bench, tmp_path: Path, precision: str
+) -> None:
+    samples, features = batch()
+    bad = replace(samples[0], behavior_logprobs_T=np.full_like(samples[0].behavior_logprobs_T, np.nan))
+
+    async def script(learner: LearnerGroup) -> Result:
+        await learner.enter(GRPO)
+        skipped: list[float] = []
+        before = read_weights(await learner.publish())
+        for first in (bad, samples[0]):
+            await learner.accumulate([first, *samples[1:]], [features])
+            skipped.append((await learner.step()).metrics["train/step_skipped"])
+            after = read_weights(await learner.publish())
+            assert (_largest_difference(before, after) == 0) == (first is bad)
+        assert learner.version == 2
+        return Result(skipped, {})
+
+    assert bench.drive(tmp_path, script, micro_batch_tokens=64, precision=precision).losses == [1.0, 0.0]
+
+
+def test_a_bf16_learner_trains_as_one_in_fp32_and_goes_on_bit_for_bit_after_a_restore(
+    bench: Bench, tmp_path: Path, one_rank: tuple[Result, Path]
+) -> None:
+    async def begin(learner: LearnerGroup) -> Result:
+        await learner.enter(GRPO)
+        losses = await step(learner, 3)
+        await learner.save(tmp_path)
+        return Result(losses + await step(learner, 2), read_weights(await learner.publish()))
+
+    async def go_on(learner: LearnerGroup) -> Result:
+        await learner.restore(tmp_path, GRPO, 3)
+        return Result(await step(learner, 2), read_weights(await learner.publish()))
+
+    whole, restored = (
+        bench.drive(tmp_path, script, micro_batch_tokens=64, precision="bf16") for script in (begin, go_on)
+    )
+    assert {tensor.dtype for tensor in whole.weights.values()} == {torch.bfloat16}
+    assert whole.losses == pytest.approx(one_rank[0].losses, abs=0.03)
+    assert restored.losses == whole.losses[3:]
+    assert _largest_difference(restored.weights, whole.weights) == 0.0
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=8, alpha=16)], ids=["full", "lora"])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 3e-2)])
+def test_published_weights_give_the_log_probabilities_that_the_learner_has(
+    bench: Bench, policy: Path, tmp_path: Path, precision: str, bound: float, lora: LoraConfig | None
+) -> None:
+    samples, features = batch()
+    fast = replace(GRPO, learning_rate=1e-2)
+
+    async def script(learner: LearnerGroup) -> Result:
+        await learner.enter(fast)
+        before = engine_logprobs(policy, read_weights(await learner.publish()), samples, features)
+        await step(learner, 5)
+        after = engine_logprobs(policy, read_weights(await learner.publish()), samples, features)
+        sampled = [
+            replace(sample, behavior_logprobs_T=logprobs_T, versions_T=np.full(len(logprobs_T), learner.version))
+            for sample, logprobs_T in zip(samples, after, strict=True)
+        ]
+        await learner.probe(sampled, [features])
+        await learner.accumulate(samples, [features])
+        mismatch = (await learner.step()).metrics["train/mismatch_abs_mean"]
+        return Result([mismatch, float(np.abs(np.concatenate(after) - np.concatenate(before)).mean())], {})
+
+    mismatch, moved = bench.drive(tmp_path, script, lora=lora, micro_batch_tokens=64, precision=precision).losses
+    assert mismatch <= bound
+    assert moved > 3 * bound, "weights of another version would be found out"
 
 
 REGULARISED = Objective(

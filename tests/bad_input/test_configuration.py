@@ -72,10 +72,6 @@ COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
     "a_completion_fits_into_a_micro_batch": (
         ["learner.micro_batch_tokens=48"],
         ["rollout.max_new_tokens=48", "learner.micro_batch_tokens=48", "raise the second"]),
-    "the_batch_divides_over_the_ranks": (
-        ["learner.ranks=3", "sft=null"], ["grpo.groups_per_step=4", "learner.ranks=3", "use a multiple of 3"]),
-    "the_warm_start_divides_over_the_ranks": (
-        ["learner.ranks=2", "sft.batch_size=5"], ["sft.batch_size=5", "learner.ranks=2", "use a multiple of 2"]),
     "heads_suit_the_engine": (
         ["policy.attention_heads=2"], ["policy.hidden_size=32", "policy.attention_heads=2",
                                        "use for example 128 and 4"]),
@@ -173,14 +169,21 @@ def test_all_mistakes_of_a_file_are_told_at_once_each_on_its_line(workplace: Pat
 
 def test_all_impossible_combinations_are_told_at_once(workplace: Path, refused: Refused) -> None:
     message = refused(
-        "train", "run.yaml", "learner.ranks=3", "evaluation.problems=4", "rewards.answer.weight=0", lines=5
+        "train", "run.yaml", "learner.gpus=2", "evaluation.problems=4", "rewards.answer.weight=0", lines=5
     )
     assert [line.split()[0].rstrip(":") for line in message.splitlines()[1:]] == [
         "rewards",
-        "grpo.groups_per_step=4",
-        "sft.batch_size=4",
+        "learner.gpus=2",
         "evaluation.problems=4",
     ]
+
+
+def test_a_kl_penalty_cannot_be_turned_on_later(workplace: Path, refused: Refused) -> None:
+    (workplace / "runs" / "test").mkdir(parents=True)
+    (workplace / "runs" / "test" / "config.yaml").write_text(CONFIGURATION)
+    message = refused("train", "--resume", "runs/test", "grpo.kl.weight=0.1")
+    expected = ["a resumed run cannot change", "grpo.kl=given", "begun with grpo.kl=null", "begin a new run"]
+    assert [fragment for fragment in expected if fragment not in message] == [], message
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

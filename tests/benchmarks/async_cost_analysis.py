@@ -206,9 +206,7 @@ def learning_curves(
             return np.interp(versions, np.arange(len(x_V)), x_V)
 
         curves[Quantity.REWARD, axis] = Curve.of(at(versions), _column(lines, "reward/total"))
-        curves[Quantity.ACCURACY, axis] = Curve.of(
-            at(_column(evaluations, "step")), _column(evaluations, "accuracy")
-        )
+        curves[Quantity.ACCURACY, axis] = Curve.of(at(_column(evaluations, "step")), _column(evaluations, "accuracy"))
     return curves
 
 

@@ -80,8 +80,8 @@ def make_controller(steps: int) -> Controller:
     pool = RolloutPool(workers, clock)
     renderer: Any = FakeRenderer()
     episodes = Episodes(renderer, EmbedderPool([FakeEmbedder()], clock), pool)
-    metrics = StepMetrics(buffer, clock, LengthLog())
     batches = BatchMaker(config, max_new_tokens=2 * COMPLETION_TOKENS)
+    metrics = StepMetrics(buffer, clock, LengthLog(), batches)
     guard = FailureGuard(0.2)
 
     def watch(_: object, group: TrajectoryGroup) -> None:

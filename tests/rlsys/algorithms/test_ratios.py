@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from rlsys.algorithms.ratios import MAX_STALENESS, RatioSums, add_sums, ratio_metrics, ratio_sums
-from rlsys.metrics import METRICS
+from rlsys.algorithms.ratios import RatioSums, add_sums, ratio_metrics, ratio_sums
+from rlsys.metrics import MAX_STALENESS, METRICS
 
 
 def logs(*probabilities: float) -> torch.Tensor:
@@ -117,9 +117,55 @@ def test_mismatch_is_measured_on_the_learners_own_version_only() -> None:
     assert metrics["train/mismatch_tokens"] == 2
     assert metrics["off_policy/logprob_abs_mean_staleness_0"] == 0.25
     assert metrics["off_policy/logprob_abs_mean_staleness_1"] == 2
-    # one token: all ratios are equal; k3 of log ρ = 2
-    assert metrics["off_policy/ess_staleness_1"] == pytest.approx(1)
-    assert metrics["off_policy/kl_staleness_1"] == pytest.approx(math.e**2 - 3)
+
+
+def test_each_staleness_has_its_own_numbers() -> None:
+    # staleness 1: ρ = 2 and 1/4, k3 is 2 - 1 - log 2 and 1/4 - 1 + 2 log 2; staleness 2: ρ = 4, one token
+    sums = ratio_sums(
+        logs(0.4, 0.05, 0.8),
+        logs(0.2, 0.2, 0.2),
+        torch.ones(3),
+        torch.tensor([1, 1, 2]),
+        clipped=torch.tensor([1.0, 0.0, 0.0]),
+        masked=torch.tensor([0.0, 0.0, 1.0]),
+    )
+    metrics = ratio_metrics(sums)
+    found = {name: value for name, value in metrics.items() if name.startswith("off_policy/")}
+    assert found == pytest.approx({
+        "off_policy/logprob_abs_mean_staleness_1": 1.5 * math.log(2),
+        "off_policy/logprob_abs_max_staleness_1": 2 * math.log(2),
+        "off_policy/kl_staleness_1": (0.25 + math.log(2)) / 2,
+        "off_policy/ratio_mean_staleness_1": 1.125,
+        "off_policy/ess_staleness_1": 2.25**2 / (2 * (4 + 1 / 16)),
+        "off_policy/clipped_fraction_staleness_1": 0.5,
+        "off_policy/masked_fraction_staleness_1": 0.0,
+        "off_policy/logprob_abs_mean_staleness_2": math.log(4),
+        "off_policy/logprob_abs_max_staleness_2": math.log(4),
+        "off_policy/kl_staleness_2": 4 - 1 - math.log(4),
+        "off_policy/ratio_mean_staleness_2": 4.0,
+        "off_policy/ess_staleness_2": 1.0,
+        "off_policy/clipped_fraction_staleness_2": 0.0,
+        "off_policy/masked_fraction_staleness_2": 1.0,
+    })  # fmt: skip
+
+
+def test_probed_tokens_count_in_the_mismatch_and_in_nothing_else() -> None:
+    ones = torch.ones(2)
+    step = ratio_sums(torch.tensor([-1.0, -1.0]), torch.tensor([-1.5, -3.0]), ones, torch.tensor([0, 1]))
+    probed = all_sums(torch.tensor([-1.0, -2.0]), torch.tensor([-1.25, -2.0]), ones)
+    without, found = ratio_metrics(step), ratio_metrics(step, probed)
+    # One token of the step differs by 0.5, those of the probe by 0.25 and 0.
+    assert (found["train/mismatch_tokens"], found["train/mismatch_abs_max"]) == (3, 0.5)
+    assert found["train/mismatch_abs_mean"] == pytest.approx(0.25)
+    assert found["train/mismatch_kl"] > 0
+    assert [name for name in found if found[name] != without[name]] == [
+        "train/mismatch_tokens",
+        "train/mismatch_kl",
+        "train/mismatch_abs_mean",
+    ]
+    stale = {1: step[1]}
+    assert ratio_metrics(stale, probed)["train/mismatch_abs_mean"] == pytest.approx(0.125)
+    assert ratio_metrics(stale, probed)["train/mismatch_tokens"] == 2
 
 
 def test_without_tokens_of_the_learners_version_no_mismatch_is_reported() -> None:

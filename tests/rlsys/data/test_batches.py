@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from rlsys.config_grpo import GrpoConfig
 from rlsys.data.batches import BatchMaker, pass_rate
 from rlsys.pipeline.ledger import DropReason
-from rlsys.types import FinishReason, TrajectoryGroup
+from rlsys.types import FinishReason, Trajectory, TrajectoryGroup
 from tests.rlsys.groups import make_group, make_trajectory
 
 NAN = float("nan")
@@ -38,6 +39,53 @@ def test_a_group_that_teaches_nothing_is_dropped_with_its_reason(
     rewards: tuple[float, ...], reason: DropReason | None
 ) -> None:
     assert maker().reason_to_drop(group(*rewards)) is reason
+
+
+def with_logprob(value: float, reward: float) -> Trajectory:
+    """A trajectory with `value` for the log-probability of its second token."""
+    good = make_trajectory(reward=reward)
+    logprobs_T = good.completion.behavior_logprobs_T.copy()
+    logprobs_T[1] = value
+    return replace(good, completion=replace(good.completion, behavior_logprobs_T=logprobs_T))
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+def test_a_completion_of_which_a_probability_is_unknown_counts_as_one_without_a_score(value: float) -> None:
+    bad = with_logprob(value, reward=0.0)
+    one = make_group(0, [make_trajectory(reward=1.0), bad, make_trajectory(reward=0.5)])
+    batch = maker().make([one])
+    assert maker().reason_to_drop(one) is None
+    np.testing.assert_array_equal(batch.advantages[0], [0.25, NAN, -0.25])
+    assert [sample.advantage for sample in batch.samples] == [0.25, -0.25]
+    assert all(np.isfinite(sample.behavior_logprobs_T).all() for sample in batch.samples)
+    assert maker().reason_to_drop(make_group(0, [make_trajectory(), bad])) is DropReason.FAILED
+    assert pass_rate(one) == 0.75
+    assert pass_rate(make_group(0, [bad])) is None
+
+
+def test_a_group_without_a_sample_is_dropped_although_its_rewards_differ() -> None:
+    cut = [make_trajectory([(0, 10)], reward, FinishReason.LENGTH) for reward in (1.0, 0.0)]
+    masking = maker(over_long={"kind": "mask"}, filter_zero_variance=False)
+    assert masking.reason_to_drop(make_group(0, cut)) is DropReason.FILTERED
+    assert masking.reason_to_drop(make_group(0, [*cut, make_trajectory()])) is None
+    assert maker().reason_to_drop(make_group(0, cut)) is None
+    # Usable and kept, or neither: no trajectory is both.
+    neither = make_group(0, [*cut, with_logprob(NAN, reward=1.0)])
+    assert masking.reason_to_drop(neither) is DropReason.FILTERED
+
+
+@pytest.mark.parametrize("filtering", [True, False])
+def test_a_group_teaches_nothing_by_the_signal_of_the_filter_be_it_filtered_or_not(filtering: bool) -> None:
+    longer = make_group(0, [make_trajectory([(0, 8)], 1.0), make_trajectory([(0, 6)], 1.0)])
+    penalise = {"kind": "penalise", "buffer_tokens": 4}
+    assert maker(filter_zero_variance=filtering).teaches_nothing(longer)
+    assert not maker(filter_zero_variance=filtering, over_long=penalise).teaches_nothing(longer)
+    assert not maker(filter_zero_variance=filtering).teaches_nothing(group(1.0, 0.0))
+    # Equal again by the penalty of the second: 1 - (8 - 6) / 4 = 0.5.
+    equal = make_group(0, [make_trajectory([(0, 6)], 0.5), make_trajectory([(0, 8)], 1.0)])
+    assert maker(filter_zero_variance=filtering, over_long=penalise).teaches_nothing(equal)
+    cut = make_group(0, [make_trajectory([(0, 10)], reward, FinishReason.LENGTH) for reward in (1.0, 0.0)])
+    assert maker(filter_zero_variance=filtering, over_long={"kind": "mask"}).teaches_nothing(cut)
 
 
 def test_equal_rewards_are_kept_without_the_filter() -> None:

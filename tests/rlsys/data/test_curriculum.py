@@ -197,10 +197,19 @@ def test_the_same_seed_and_records_give_the_same_draws_and_another_seed_others()
 
 
 def test_a_state_of_another_source_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="source curriculum, problems 4, seed 0"):
+    with pytest.raises(CheckpointError, match=r"source curriculum, problems 4, ids [0-9a-f]{8}, seed 0"):
         curriculum(5).restore(curriculum(4).state())
-    with pytest.raises(CheckpointError, match="source grpo walk, problems 5, seed 0"):
+    with pytest.raises(CheckpointError, match=r"source grpo walk, problems 5, ids [0-9a-f]{8}, seed 0"):
         curriculum(5).restore(ProblemCursor([make_problem(name) for name in range(5)], 0, "grpo").state())
+
+
+def test_a_state_of_as_many_other_problems_is_refused() -> None:
+    drawn = curriculum(5)
+    for _ in range(3):
+        drawn.next()
+    others = Curriculum([make_problem(name) for name in range(10, 15)], CurriculumConfig(), seed=0)
+    with pytest.raises(CheckpointError, match="Resume with the data"):
+        others.restore(drawn.state())
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.data())

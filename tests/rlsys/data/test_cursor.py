@@ -43,9 +43,12 @@ def test_a_restored_cursor_goes_on_as_the_one_that_was_saved() -> None:
 
 @pytest.mark.parametrize("other", [
     ProblemCursor(PROBLEMS[:6], seed=3, stream="grpo"),
+    ProblemCursor([*PROBLEMS[:6], make_problem(7)], seed=3, stream="grpo"),
+    ProblemCursor(PROBLEMS[::-1], seed=3, stream="grpo"),
     ProblemCursor(PROBLEMS, seed=4, stream="grpo"),
     ProblemCursor(PROBLEMS, seed=3, stream="sft"),
-], ids=["problems", "seed", "stream"])  # fmt: skip
+], ids=["number", "problems", "order", "seed", "stream"])  # fmt: skip
 def test_a_position_in_another_walk_is_refused(other: ProblemCursor) -> None:
-    with pytest.raises(CheckpointError, match=r"this run draws from \(source grpo walk, problems 7, seed 3\)"):
+    expected = r"this run draws from \(source grpo walk, problems 7, ids [0-9a-f]{8}, seed 3\)"
+    with pytest.raises(CheckpointError, match=expected):
         ProblemCursor(PROBLEMS, seed=3, stream="grpo").restore(other.state())

@@ -33,11 +33,13 @@ FINE = {
     "train/mismatch_abs_mean": 1e-6,
     "train/ess_fraction": 0.9,
     "train/ratio_clipped_fraction": 0.1,
-    "train/gradient_norm": 1.0,
+    "train/ratio_masked_fraction": 0.1,
+    "train/step_skipped": 0.0,
     "train/entropy": 0.5,
     "length/bias": 0.01,
     "length/bias_error": 0.01,
     "reward/failed_fraction": 0.0,
+    "rollout/non_finite_fraction": 0.0,
     "rollout/truncated_fraction": 0.1,
     "group/constant_reward_fraction": 0.5,
 }
@@ -64,12 +66,14 @@ def test_a_healthy_run_is_quiet() -> None:
     ("train/mismatch_abs_mean", 1e-3, 1.1e-3, 2),
     ("train/ess_fraction", 0.3, 0.29, 3),
     ("train/ratio_clipped_fraction", 0.5, 0.51, 3),
-    ("train/gradient_norm", 1e30, math.inf, 1),
-    ("train/gradient_norm", 1e30, math.nan, 1),
+    ("train/ratio_masked_fraction", 0.5, 0.51, 3),
+    ("train/step_skipped", 0.0, 1.0, 1),
+    ("train/mismatch_abs_mean", 1e-3, math.nan, 2),
     ("train/entropy", 0.051, 0.049, 5),  # a tenth of 0.5
     ("length/bias", 0.219, 0.221, 5),  # 0.2 and twice the error of 0.01
     ("length/bias", -0.219, -0.221, 5),
     ("reward/failed_fraction", 0.05, 0.06, 3),
+    ("rollout/non_finite_fraction", 0.0, 1e-3, 1),
     ("rollout/truncated_fraction", 0.5, 0.51, 5),
     ("group/constant_reward_fraction", 0.95, 0.96, 5),
 ])  # fmt: skip
@@ -87,7 +91,7 @@ def test_a_rule_rings_when_it_is_broken_for_its_steps_in_a_row(
 
 def test_an_alarm_rings_again_only_after_calm() -> None:
     alarms = Alarms(config())
-    metric, broken, kept = "train/gradient_norm", math.inf, 1.0
+    metric, broken, kept = "train/step_skipped", 1.0, 0.0
     restless = [broken, *[kept] * (CALM_STEPS - 1), broken]
     assert steps_that_ring(alarms, metric, restless) == [1]
     after_calm = [*[kept] * CALM_STEPS, broken]
@@ -122,8 +126,11 @@ def test_the_message_says_value_condition_meaning_and_what_to_do() -> None:
         "train/ess_fraction is 0.212, below 0.3 for 3 steps. The trained policy is far from the one that sampled: "
         "few tokens carry the gradient. Lower grpo.max_staleness or grpo.learning_rate."
     )
-    [alarm] = alarms.check(4, {"train/gradient_norm": math.nan})
-    assert alarm.message.startswith("train/gradient_norm is nan, not finite. The weights are spoilt")
+    [alarm] = alarms.check(4, {"train/step_skipped": 1.0})
+    assert alarm.message.startswith(
+        "train/step_skipped is 1, above 0. DeepSpeed skipped the step because its gradient was not finite: the weights "
+        "did not change, though the version went on."
+    )
 
 
 def test_every_rule_watches_a_metric_that_a_run_reports() -> None:
@@ -144,3 +151,15 @@ def test_restored_alarms_go_on_as_those_that_were_saved() -> None:
         second.restore(json.loads(json.dumps(first.state())))
         assert rang + steps_that_ring(second, "train/entropy", values[cut:], first=cut + 1) == expected
         assert second.rung == whole.rung
+
+
+def test_a_rule_that_a_saved_state_does_not_know_is_watched_after_a_restore() -> None:
+    whole = Alarms(config())
+    steps_that_ring(whole, "train/ess_fraction", [0.1, 0.1])
+    state = whole.state()
+    del state["watches"]["train/ratio_masked_fraction"]
+    restored = Alarms(config())
+    restored.restore(state)
+    assert steps_that_ring(restored, "train/ratio_masked_fraction", [0.6] * 3, first=3) == [5]
+    restored.restore(state)
+    assert steps_that_ring(restored, "train/ess_fraction", [0.1], first=3) == [3]

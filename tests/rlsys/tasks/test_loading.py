@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,13 @@ def test_a_training_prompt_must_fit_a_row_together_with_what_follows_it(tmp_path
     fit_task(data, plain, LearnerRoom(prompts[1] + 9, max_new_tokens=9, has_demonstrations=False))
     with pytest.raises(OverLongPromptError, match=rf"train:2.* {prompts[1]} tokens and rollout\.max_new_tokens 9"):
         fit_task(data, plain, LearnerRoom(prompts[1] + 8, max_new_tokens=9, has_demonstrations=False))
+
+
+def test_the_training_split_must_fit_the_learner_wherever_it_stands(tmp_path: Path) -> None:
+    data = load_task(task(tmp_path), seed=0)
+    last = replace(data, splits={split: data.splits[split] for split in ("test", "validation", "train")})
+    with pytest.raises(OverLongPromptError, match="train:1"):
+        fit_task(last, renderer(500), LearnerRoom(1, max_new_tokens=1, has_demonstrations=False))
 
 
 def test_held_out_prompts_are_never_in_a_row(tmp_path: Path) -> None:
