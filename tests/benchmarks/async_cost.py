@@ -20,6 +20,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -190,6 +191,10 @@ class Study:
         )
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def say(text: str) -> None:
     """A line for who watches."""
     sys.stdout.write(text + "\n")
@@ -199,6 +204,7 @@ def say(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 1 where a cell failed, 2 where a user can mend what is wrong."""
     parsed = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)  # else the run of the present cell would go on without the study
     study = Study(parsed.out, run_rlsys, say)
     try:
         if parsed.command == "run":
