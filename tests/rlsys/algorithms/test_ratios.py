@@ -86,6 +86,13 @@ def test_parts_add_up_to_the_whole() -> None:
             assert getattr(added[stale], name) == pytest.approx(value, rel=1e-14), name
 
 
+def test_a_ratio_beyond_all_bounds_leaves_the_sums_finite() -> None:
+    sums = all_sums(torch.tensor([0.0, -800.0]), torch.tensor([-800.0, 0.0]), torch.ones(2))
+    assert math.isfinite(sums.ratio_mean)
+    assert math.isfinite(sums.kl_k3)
+    assert 0 < sums.ess <= 1
+
+
 def test_no_tokens_are_no_difference() -> None:
     for size in (0, 2):
         zeros = torch.zeros(size)

@@ -11,7 +11,7 @@ import pytest
 from rlsys.config_grpo import GrpoConfig
 from rlsys.data.batches import BatchMaker, pass_rate
 from rlsys.pipeline.ledger import DropReason
-from rlsys.types import FinishReason, Trajectory, TrajectoryGroup
+from rlsys.types import FinishReason, Score, Trajectory, TrajectoryGroup
 from tests.rlsys.groups import make_group, make_trajectory
 
 NAN = float("nan")
@@ -140,3 +140,19 @@ def test_the_pass_rate_is_the_mean_answer_of_what_could_be_scored() -> None:
     assert pass_rate(group(1.0, 0.0, 0.0, NAN)) == pytest.approx(1 / 3)
     assert pass_rate(group(NAN, NAN)) is None
     assert pass_rate(group(1.6, 1.2)) == 1.0
+    assert pass_rate(group(0.0, -0.5)) == 0.0
+
+
+def test_the_pass_rate_reads_the_answer_and_without_one_the_reward() -> None:
+    trajectory = make_trajectory(reward=0.9)
+    part = trajectory.score.parts["answer"]
+    solved = Score({"answer": replace(part, value=1.0)}, reward=0.4)
+    other = Score({"format": part}, reward=0.4)
+    assert pass_rate(make_group(0, [replace(trajectory, score=solved)])) == 1.0
+    assert pass_rate(make_group(0, [replace(trajectory, score=other)])) == 0.4
+
+
+def test_a_token_weighs_by_the_trajectories_of_the_whole_step() -> None:
+    # 2 groups of 2 completions of at most 10 tokens, of which only a part is here.
+    (first, *_) = maker(aggregation="constant").make([group(1.0, 0.0)]).samples
+    assert first.token_weight == 1 / (2 * 2 * 10)
