@@ -241,7 +241,7 @@ def test_a_probe_measures_its_samples_and_changes_nothing_in_the_step(
     assert _largest_difference(found.weights, undisturbed.weights) == 0.0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_step_whose_gradient_is_not_finite_is_skipped_and_said_to_be(
     bench: Bench, tmp_path: Path, precision: str
 ) -> None:
@@ -263,6 +263,7 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_said_to_be(
     assert bench.drive(tmp_path, script, micro_batch_tokens=64, precision=precision).losses == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_bf16_learner_trains_as_one_in_fp32_and_goes_on_bit_for_bit_after_a_restore(
     bench: Bench, tmp_path: Path, one_rank: tuple[Result, Path]
 ) -> None:
@@ -286,7 +287,7 @@ def test_a_bf16_learner_trains_as_one_in_fp32_and_goes_on_bit_for_bit_after_a_re
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=8, alpha=16)], ids=["full", "lora"])
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 3e-2)])
+@pytest.mark.parametrize(("precision", "bound"), [pytest.param("fp32", 1e-4, marks=pytest.mark.slow), ("bf16", 3e-2)])
 def test_published_weights_give_the_log_probabilities_that_the_learner_has(
     bench: Bench, policy: Path, tmp_path: Path, precision: str, bound: float, lora: LoraConfig | None
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.runs.helpers import TINY, BackgroundRun, rlsys, steps, summary
 
 
+@pytest.mark.slow
 def test_a_run_survives_kill_9_and_tells_each_step_once(tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     with BackgroundRun("train", str(TINY), "grpo.steps=400", "--runs", str(tmp_path), log=tmp_path / "log") as first:
