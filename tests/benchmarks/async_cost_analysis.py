@@ -259,6 +259,8 @@ class Comparison:
     """Of the mean rewards over the common range."""
     accuracy_difference: Estimate
     """Of the final held-out accuracies."""
+    duration_ratio: Estimate
+    """Wall seconds of all steps / theirs: what the same number of trained tokens takes."""
     target_ratio: Mapping[Axis, Estimate | None]
     """What the target reward costs / what it costs the others; None where a run does not reach it."""
 
@@ -284,7 +286,8 @@ def compare(results: Results, one: tuple[str, int], other: tuple[str, int], targ
         quotients = [a / b for a, b in costs if a is not None and b]
         ratios[axis] = Estimate.of(quotients) if len(quotients) == len(pairs) else None
     accuracy = Estimate.of([a.final_accuracy - b.final_accuracy for a, b in pairs])
-    return Comparison(*one, f"{other[0]}, S = {other[1]}", tuple(seeds), differences, accuracy, ratios)
+    duration = Estimate.of([a.seconds / b.seconds for a, b in pairs])
+    return Comparison(*one, f"{other[0]}, S = {other[1]}", tuple(seeds), differences, accuracy, duration, ratios)
 
 
 def target_reward(results: Results) -> float:

@@ -118,7 +118,8 @@ def _claim(comparisons: Sequence[Comparison]) -> str:
     return (
         f"{claim}: {outcome}. "
         f"Mean reward, S = 1 less S = 0, {len(one.seeds)} seeds: {tokens} over the same tokens{blind}, "
-        f"{seconds} over the same time; held-out accuracy after the last step {one.accuracy_difference}."
+        f"{seconds} over the same time; held-out accuracy after the last step {one.accuracy_difference}; the same "
+        f"tokens take {one.duration_ratio} of the time."
     )
 
 
@@ -140,8 +141,8 @@ def _markdown(
         "correction needs. Difference: mean reward over the common range, less that of S = 0, paired by seed.",
         "",
         "| loss | S | seeds | staleness | ESS | held-out accuracy | tokens to target | minutes to target "
-        "| difference, same tokens | difference, same time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| difference, same tokens | difference, same time | time for the same tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for correction, staleness in conditions(results):
         paired = by_condition.get((correction, staleness))
@@ -155,7 +156,7 @@ def _markdown(
             f"{np.mean([one.ess_fraction for one in cells]):.2f} | "
             f"{Estimate.of([one.final_accuracy for one in cells])} | {costs[0]} | {costs[1]} | "
             + " | ".join(str(paired.reward_difference[axis]) if paired else "" for axis in Axis)
-            + " |"
+            + f" | {f'{paired.duration_ratio}x' if paired else ''} |"
         )
     if noise:
         lines += ["", "At S = 0 all three losses have the same gradient, so these differences are noise of repetition:"]

@@ -222,6 +222,12 @@ def test_runs_are_compared_within_their_seeds() -> None:
     assert found.target_ratio == {Axis.TOKENS: None, Axis.SECONDS: None}
 
 
+def test_the_time_of_the_same_tokens_is_a_ratio_within_seeds() -> None:
+    found = compare(synthetic_study(), ("default", 1), ("default", 0), 0.5)
+    assert found is not None
+    assert found.duration_ratio.mean == pytest.approx(0.5)
+
+
 def test_a_seed_that_has_only_one_of_the_two_is_left_out() -> None:
     results = synthetic_study()
     del results[Cell("default", 0, 1)]
