@@ -26,6 +26,7 @@ from tests.benchmarks.async_cost_analysis import (
     compare,
     learning_curves,
     mean_difference,
+    t_quantile,
     target_reward,
     verdict,
     writing_versions,
@@ -195,6 +196,11 @@ def test_the_interval_is_student_s() -> None:
     mean, low, high = Estimate.of([1, 2, 3])
     assert (mean, low, high) == (2, pytest.approx(-0.484, abs=1e-3), pytest.approx(4.484, abs=1e-3))
     assert Estimate.of([0.5]) == (0.5, None, None)
+
+
+def test_quantiles_go_on_beyond_the_table() -> None:
+    # 2.201 and 1.980 are the tabled quantiles of 11 and 120 degrees of freedom.
+    assert (t_quantile(11), t_quantile(120)) == (pytest.approx(2.201, abs=3e-3), pytest.approx(1.980, abs=1e-3))
 
 
 def synthetic_study(bounds: Sequence[int] = (0, 1), lead: float = 0.0) -> dict[Cell, CellResult]:
