@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from actors.episodes import Generated
 from actors.ports import StepReport
 from rlsys.data.batches import BatchMaker
-from rlsys.data.samples import has_finite_logprobs
 from rlsys.metrics import Metrics
 from rlsys.models.vllm_plugin.options import EngineStats
 from rlsys.pipeline.buffer import TrajectoryBuffer
@@ -43,7 +42,7 @@ class StepMetrics(Metrics):
         self.record("rollout/completion_tokens", len(completion.token_ids_T))
         self.record("rollout/completion_tokens_max", len(completion.token_ids_T))
         self.record("rollout/truncated_fraction", float(completion.finish_reason is FinishReason.LENGTH))
-        self.record("rollout/non_finite_fraction", float(not has_finite_logprobs(completion)))
+        self.record("rollout/non_finite_fraction", float(not completion.has_finite_logprobs))
         self.record("rollout/spanning_fraction", float(len(completion.version_spans) > 1))
         self.record("reward/failed_fraction", float(not score.is_valid))
         if score.is_valid:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -90,6 +91,11 @@ class Completion:
     """The decoded tokens, special tokens left out."""
     finish_reason: FinishReason
 
+    @cached_property
+    def has_finite_logprobs(self) -> bool:
+        """Whether the engine knew the probability of each token; one that it did not makes the whole gradient NaN."""
+        return bool(np.isfinite(self.behavior_logprobs_T).all())
+
     @property
     def first_version(self) -> int:
         """The policy version of the first token: staleness is counted from it."""
@@ -123,7 +129,7 @@ class Score:
     reward: float
     """The combined reward; NaN where any part is not ok: such a trajectory is masked, never counted as 0."""
 
-    @property
+    @cached_property
     def is_valid(self) -> bool:
         """Whether every part could be computed."""
         return all(part.status is PartStatus.OK for part in self.parts.values())

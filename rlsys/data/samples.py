@@ -64,12 +64,7 @@ def is_trained(trajectory: Trajectory, *, mask_truncated: bool) -> bool:
 
 def is_usable(trajectory: Trajectory) -> bool:
     """Whether anything can be learned from a trajectory: its score is valid, its log-probabilities are finite."""
-    return trajectory.score.is_valid and has_finite_logprobs(trajectory.completion)
-
-
-def has_finite_logprobs(completion: Completion) -> bool:
-    """Whether the engine knew the probability of each token; one that it did not makes the whole gradient NaN."""
-    return bool(np.isfinite(completion.behavior_logprobs_T).all())
+    return trajectory.score.is_valid and trajectory.completion.has_finite_logprobs
 
 
 def _sample(group: TrajectoryGroup, completion: Completion, advantage: float, weight: float) -> TrainSample:
