@@ -10,6 +10,7 @@ from actors.embedder_pool import EmbedderPool
 from actors.ports import EmbedReport, FeaturesRef, Sampling
 from actors.rollout_pool import RolloutPool
 from rlsys.data.prompts import PromptRenderer
+from rlsys.pipeline.waits import Cause
 from rlsys.types import Completion, Problem, Prompt
 
 
@@ -34,7 +35,7 @@ class Episodes:
     async def generate(self, problem: Problem, sampling: Sampling, *, evaluation: bool = False) -> Generated:
         """Write completions for a problem. `evaluation` says who waits for them, for the wait clock."""
         prompt = self._renderer.render(problem)
-        with nullcontext() if evaluation else self._pool.activity.preparing():
+        with nullcontext() if evaluation else self._pool.activity.group_waits(Cause.EMBED_WAIT):
             features, embedded = await self._embedders.embed(prompt, problem)
         completions = await self._pool.generate(prompt, sampling, features, evaluation=evaluation)
         return Generated(prompt, features, embedded, completions)

@@ -22,7 +22,7 @@ from actors.reward_scorer import RewardScorer
 from actors.rollout_pool import RolloutPool
 from actors.scorer_pool import ScorerPool
 from rlsys.config import Config
-from rlsys.errors import RoleError
+from rlsys.errors import RlsysError, RoleError
 from rlsys.pipeline.waits import Role, WaitClock
 
 
@@ -182,16 +182,28 @@ class Placement:
             concurrency=10_000,
         )
         self._placed.append(worker)
-        await worker.start()
+        try:
+            await worker.start()
+        except RlsysError:
+            self._end_worker(worker)  # or what it holds would be missing to its successor
+            raise
         return worker
+
+    def _end_worker(self, worker: ActorProxy) -> None:
+        """End a rollout worker, if that was not done before."""
+        if worker in self._placed:
+            self._placed.remove(worker)
+            self._cluster.kill(worker)
 
     async def _replace_rollout_worker(self, lost: Any) -> Any:
         assert isinstance(lost, ActorProxy), "workers are placed on the cluster"
-        if lost in self._placed:  # else its successor could not be started, and this is the next try
-            self._placed.remove(lost)
-            self._cluster.kill(lost)
+        self._end_worker(lost)
         worker = await self._rollout_worker()
-        await self._check_one_host()
+        try:
+            await self._check_one_host()
+        except RoleError:
+            self._end_worker(worker)
+            raise
         return worker
 
     async def _embedder(self, number: int) -> Any:

@@ -23,6 +23,7 @@ from rlsys.data.batches import BatchMaker, pass_rate
 from rlsys.data.cursor import ProblemSource
 from rlsys.errors import RewardError
 from rlsys.pipeline.buffer import Admission, TrajectoryBuffer
+from rlsys.pipeline.waits import Cause
 from rlsys.types import Trajectory, TrajectoryGroup
 
 FRUITLESS_BATCHES = 20
@@ -87,7 +88,7 @@ class RollOut:
 
     async def _one(self, admission: Admission) -> None:
         generated = await self._episodes.generate(admission.problem, self._sampling)
-        with self._activity.scoring():
+        with self._activity.group_waits(Cause.REWARD_WAIT):
             scores = await self._scorers.score(admission.problem, [one.text for one in generated.completions])
         trajectories = tuple(map(Trajectory, generated.completions, scores))
         group = TrajectoryGroup(admission.ticket, admission.problem, generated.prompt, trajectories)

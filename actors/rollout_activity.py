@@ -31,31 +31,19 @@ class RolloutActivity:
     def __init__(self, clock: WaitClock, workers: int) -> None:
         self._clock = clock
         self._workers = {number: _Worker() for number in range(workers)}
-        self._preparing = 0
-        self._scoring = 0
+        self._waiting_groups = {Cause.EMBED_WAIT: 0, Cause.REWARD_WAIT: 0}
         self._is_held = False
         self._note()
 
     @contextmanager
-    def preparing(self) -> Generator[None]:
-        """Around the time in which an admitted group waits for its features."""
-        self._preparing += 1
+    def group_waits(self, cause: Cause) -> Generator[None]:
+        """Around the time in which an admitted group waits for its features, or a written one for its scores."""
+        self._waiting_groups[cause] += 1
         self._note()
         try:
             yield
         finally:
-            self._preparing -= 1
-            self._note()
-
-    @contextmanager
-    def scoring(self) -> Generator[None]:
-        """Around the time in which a written group waits for its scores."""
-        self._scoring += 1
-        self._note()
-        try:
-            yield
-        finally:
-            self._scoring -= 1
+            self._waiting_groups[cause] -= 1
             self._note()
 
     @contextmanager
@@ -111,13 +99,13 @@ class RolloutActivity:
             return Cause.WEIGHT_LOAD
         if worker.training_prompts:
             return "busy"
-        if self._preparing:
+        if self._waiting_groups[Cause.EMBED_WAIT]:
             return Cause.EMBED_WAIT
         if self._is_held:
             return Cause.EVALUATION
         if worker.evaluation_prompts:
             return "busy"
-        return Cause.REWARD_WAIT if self._scoring else Cause.STALENESS_GATE
+        return Cause.REWARD_WAIT if self._waiting_groups[Cause.REWARD_WAIT] else Cause.STALENESS_GATE
 
     def _note(self) -> None:
         """Tell the clock where a worker's state changed."""

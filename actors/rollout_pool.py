@@ -127,6 +127,8 @@ class RolloutPool:
         """What the workers answer that are not lost meanwhile."""
 
         async def one(number: int, worker: RolloutWorker) -> list[T]:
+            if self._workers.get(number) is not worker:
+                return []  # lost before its turn came
             try:
                 return [await call(number, worker)]
             except RoleLostError as error:

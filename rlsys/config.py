@@ -265,7 +265,8 @@ class EvaluationConfig(Section):
     before: bool = True
     """Evaluate the policy before the warm start too."""
     every_steps: Positive | None = None
-    """Also evaluate every so many GRPO steps, on validation problems and while training goes on; null for never."""
+    """Also evaluate the policy that GRPO begins with and then every so many steps, on validation problems and while
+    training goes on; null for never."""
     interleaved_problems: Positive = 64
     """How many problems of the validation split such an evaluation takes, one sample and one greedy completion each."""
 

@@ -22,9 +22,9 @@ class DropReason(StrEnum):
     FILTERED = "filtered"
     """It has nothing to teach: all its rewards are equal."""
     FAILED = "failed"
-    """A role could not do its part: a prompt, a generation, or the scores of the whole group."""
+    """Fewer than two of its trajectories can be used: not scored, or with log-probabilities that are not finite."""
     CANCELLED = "cancelled"
-    """The run gave it up: a lost worker, or the end of the run."""
+    """Whoever rolled it out gave it up."""
     STALE = "stale"
     """It was finished too late for the staleness bound; only under a policy that evicts."""
 

@@ -81,46 +81,43 @@ class Rig:
         )
         self.lengths = LengthLog()
         self.source = ProblemCursor([problem(number) for number in range(50)], 0, "grpo")
-        embedders = EmbedderPool([self.embedder], self.clock)
-        episodes = Episodes(FakeRenderer(), embedders, self.pool)  # pyright: ignore[reportArgumentType]
-        batches = BatchMaker(config, max_new_tokens=8)
-        metrics = StepMetrics(self.buffer, self.clock, self.lengths, batches)
-        guard = FailureGuard(max_failed)
-
-        async def evaluate_now() -> Evaluated:
-            return await evaluate(
-                episodes, HELD_OUT, samples=1, temperature=1.0, max_new_tokens=8, floor=0.0, progress=lambda _: None
-            )
-
-        self.roll_out = RollOut(
-            Sampling(4, 1.0, 8),
-            episodes=episodes,
-            scorers=ScorerPool([self.scorer], _never, {"answer": RewardPartConfig(kind="answer")}, self.clock),
-            activity=self.pool.activity,
-            buffer=self.buffer,
-            source=self.source,
-            batches=batches,
-            observers=[metrics.note_group, lambda _, group: guard.record(group.trajectories)],
-            fruitless_groups=60,
+        self.batches = BatchMaker(config, max_new_tokens=8)
+        self.metrics = StepMetrics(self.buffer, self.clock, self.lengths, self.batches)
+        self.episodes = Episodes(FakeRenderer(), EmbedderPool([self.embedder], self.clock), self.pool)  # pyright: ignore[reportArgumentType]
+        self.roll_out = self._roll_out(FailureGuard(max_failed))
+        self.evaluation = InterleavedEvaluation(
+            self.pool, every_versions, self._evaluate, lambda version, _: self.evaluated.append(version), evaluated
         )
         self.controller = Controller(
             config,
             roll_out=self.roll_out,
             learner=self.learner,
             pool=self.pool,
-            episodes=episodes,
+            episodes=self.episodes,
             buffer=self.buffer,
-            batches=batches,
-            evaluation=InterleavedEvaluation(
-                self.pool,
-                every_versions,
-                evaluate_now,
-                lambda version, _: self.evaluated.append(version),
-                evaluated,
-            ),
-            metrics=metrics,
+            batches=self.batches,
+            evaluation=self.evaluation,
+            metrics=self.metrics,
             clock=self.clock,
             learner_ranks=learner_ranks,
+        )
+
+    def _roll_out(self, guard: FailureGuard) -> RollOut:
+        return RollOut(
+            Sampling(4, 1.0, 8),
+            episodes=self.episodes,
+            scorers=ScorerPool([self.scorer], _never, {"answer": RewardPartConfig(kind="answer")}, self.clock),
+            activity=self.pool.activity,
+            buffer=self.buffer,
+            source=self.source,
+            batches=self.batches,
+            observers=[self.metrics.note_group, lambda _, group: guard.record(group.trajectories)],
+            fruitless_groups=60,
+        )
+
+    async def _evaluate(self) -> Evaluated:
+        return await evaluate(
+            self.episodes, HELD_OUT, samples=1, temperature=1.0, max_new_tokens=8, floor=0.0, progress=lambda _: None
         )
 
     async def _replace(self, lost: RolloutWorker) -> RolloutWorker:

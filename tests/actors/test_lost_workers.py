@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from actors.ports import Sampling
 from rlsys.errors import RoleLostError
 from rlsys.models.weights import WeightFile
 from rlsys.pipeline.waits import Role
 from tests.actors.controller_rig import START_SECONDS, Rig
-from tests.fakes import FakeWorker
+from tests.fakes import FakeRenderer, FakeWorker, problem
 from tests.rlsys.virtual_time import run_virtual, time_of_loop
 
 STEPS = 12
@@ -115,6 +117,24 @@ def test_a_replacement_that_cannot_be_made_leaves_the_others_at_work() -> None:
     assert [line for line in rig.said if "could not take its place" in line] == rig.said[1:]
     assert len(rig.said) == 1 + 2
     assert rig.ended == [rig.workers[0], rig.workers[2]]
+
+
+def test_a_worker_that_is_lost_while_a_load_is_about_to_begin_is_left_out_of_it() -> None:
+    rig = make_rig(workers=2, replacements=0)
+    prompt = FakeRenderer().render(problem())
+
+    async def die(*_: object) -> Any:
+        raise DEAD
+
+    rig.workers[0].generate = die
+
+    async def load_and_lose() -> None:
+        load = asyncio.create_task(rig.pool.load(WeightFile("nowhere", 1, "", 0)))
+        generate = asyncio.create_task(rig.pool.generate(prompt, Sampling(1, 1.0, 8), {}))  # its turn comes in between
+        await asyncio.gather(load, generate)
+
+    run_virtual(load_and_lose())
+    assert [worker.loaded for worker in rig.workers] == [[], [1]]
 
 
 def test_stopping_does_not_wait_for_a_replacement() -> None:
