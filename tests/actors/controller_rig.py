@@ -88,7 +88,10 @@ class Rig:
         self.evaluation = InterleavedEvaluation(
             self.pool, every_versions, self._evaluate, lambda version, _: self.evaluated.append(version), evaluated
         )
-        self.controller = Controller(
+        self.controller = self._controller(config, learner_ranks)
+
+    def _controller(self, config: GrpoConfig, learner_ranks: int) -> Controller:
+        return Controller(
             config,
             roll_out=self.roll_out,
             learner=self.learner,
